@@ -1,0 +1,1 @@
+"""What is made of finished runs: curves, and the analyses of the paper."""

@@ -1,0 +1,54 @@
+# make demo: ONE beside the plain network on real digits, in about three minutes.
+# make test: the whole test suite.   make lint   make venv   make constraints
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LATEST := .venv-py312
+# A Python 3.12 for the newest JAX, where there is one: on the path, or among pyenv's.
+PYTHON312 := $(firstword $(foreach python,python3.12 $(wildcard $(PYENV_ROOT)/versions/3.12*/bin/python3.12),\
+	$(shell $(python) -c 'import sys; print(sys.executable)' 2>/dev/null)))
+INSTALL := install --quiet --disable-pip-version-check --constraint constraints.txt
+SETTINGS := pyproject.toml setup.cfg constraints.txt
+DEMO := runs/demo
+
+.PHONY: demo test test-latest lint venv constraints
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: $(SETTINGS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip $(INSTALL) --editable '.[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/python -m one_jax.main --config=configs/mnist5k_resnet8.py:plain --workdir=$(DEMO)/plain
+	$(BIN)/python -m one_jax.main --config=configs/mnist5k_resnet8.py --workdir=$(DEMO)/one
+	@test -d $(DEMO)/student || $(BIN)/python -m one_jax.export --workdir=$(DEMO)/one --output=$(DEMO)/student
+	$(BIN)/python -m one_jax.report $(DEMO)/plain $(DEMO)/one --output=$(DEMO)
+
+test: venv
+	$(BIN)/python -m pytest -n 2 --dist=worksteal
+	$(MAKE) --no-print-directory test-latest
+
+# The other end of the supported range: the end-to-end runs on Python 3.12 and its newest JAX.
+test-latest: $(if $(PYTHON312),$(LATEST)/.installed)
+ifeq ($(PYTHON312),)
+	@echo 'No Python 3.12 here: the run on the newest JAX is left out.'
+else
+	$(LATEST)/bin/python -m pytest -n 2 --dist=worksteal tests/test_commands.py tests/test_layers.py
+endif
+
+$(LATEST)/.installed: $(SETTINGS)
+	$(PYTHON312) -m venv $(LATEST)
+	$(LATEST)/bin/pip $(INSTALL) --editable '.[demo,test]'
+	touch $@
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Pins what the two environments hold now; to renew, remove them and constraints.txt's lines first.
+constraints:
+	$(BIN)/python .ci/constraints.py $(BIN)/python $(LATEST)/bin/python > constraints.new
+	mv constraints.new constraints.txt

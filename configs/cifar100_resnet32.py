@@ -1,0 +1,20 @@
+"""ResNet-32 on CIFAR-100 with ONE.
+
+Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, and
+    the authors' released code.
+Recipe: 300 epochs of SGD, Nesterov momentum 0.9, batch 128, rate 0.1 (x0.1 at 50 % and 75 %),
+    weight decay 1e-4; pad 4, crop, flip; three branches above two shared stages; T = 3; the
+    distillation ramps up over 80 epochs. 472,756 parameters deployed (1,193,189 in training).
+Expect: re-runs by others report a plain top-1 of 69.8 to 71.1 % and 73.4 to 74.3 % for a branch of
+    ONE. Not run here: there is no CIFAR-100 on our machine.
+Run: python -m one_jax.main --config=configs/cifar100_resnet32.py --workdir=runs/cifar100_resnet32
+Variants: `:plain` the network alone; `:smoke` four steps of ResNet-8 on generated images.
+"""
+
+from one_jax import config as config_lib
+
+
+def get_config(options: str = ''):
+    """The recipe with the comma-separated `options` applied."""
+    config = config_lib.default_config()
+    return config_lib.apply_options(config, options, smoke={'model.name': 'resnet8'})

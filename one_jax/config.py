@@ -1,0 +1,278 @@
+"""The configuration: every field with its default, the options of a config file, and validation."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import config_dict
+
+from one_jax import methods, models
+from one_jax.data import datasets
+from one_jax.errors import ConfigError, UserError
+from one_jax.models import layers
+
+SCHEDULES = ('step', 'cosine', 'constant')
+DTYPES = ('float32', 'bfloat16', 'float64')
+# Fields that say where things are on one machine; they do not change what is computed.
+MACHINE_FIELDS = ('data.data_dir', 'data.root', 'train.compilation_cache_dir')
+
+
+def default_config() -> config_dict.ConfigDict:
+    """The default of every field: ONE, three branches of ResNet-32, CIFAR-100, as published."""
+    config = config_dict.ConfigDict()
+
+    # Seed of initialisation, shuffling and augmentation.
+    config.seed = 0
+    # Whether batch normalisation uses statistics of the global batch instead of each device's own.
+    config.sync_batch_norm = False
+
+    config.model = model = config_dict.ConfigDict()
+    # The network, see one_jax/models/__init__.py.
+    model.name = 'resnet32'
+    # K, the number of branches during training.
+    model.num_branches = 3
+    # How many stages the branches share, the stem included; 0 shares nothing: K whole networks.
+    model.share_stages = 2
+    # Computation in 'float32', 'bfloat16' (parameters, statistics and losses stay float32) or
+    # 'float64'.
+    model.dtype = 'float32'
+    # Convolutions of the branches: 'dense' (one after the other) or 'grouped' (one grouped
+    # convolution).
+    model.branch_conv = 'dense'
+
+    config.method = method = config_dict.ConfigDict()
+    # The method, see one_jax/methods/.
+    method.name = 'one'
+    # T of the softened distributions; None takes the method's own.
+    method.temperature = config_dict.placeholder(float)
+    # Weight of the distillation term after the ramp; None takes the method's own.
+    method.distill_weight = config_dict.placeholder(float)
+    # Share of the epochs over which that weight ramps up, 0 for none; None takes the method's own.
+    method.rampup_fraction = config_dict.placeholder(float)
+
+    config.data = data = config_dict.ConfigDict()
+    # 'mnist5k', 'cifar10', 'cifar100', or any TFDS image classification set that fits in memory.
+    data.name = 'cifar100'
+    # Where TFDS keeps its data; empty: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+    data.data_dir = ''
+    # Root of a folder of images, for the data sets that are one.
+    data.root = ''
+    # Images a step, over all devices.
+    data.batch_size = 128
+    # Images a batch of evaluation, over all devices; the last batch is padded and masked.
+    data.eval_batch_size = 500
+    # Augmentation: 'none', 'pad_crop', 'pad_crop_flip', or 'default' for the data set's own.
+    data.augment = 'default'
+    # Pixels of zero padding before the crop; -1 takes the data set's own.
+    data.padding = -1
+    # Share of the training images held out as the split 'validation', in every class alike.
+    data.validation_fraction = 0.0
+    # Train on this many images of each class (nested subsets); 0 takes all.
+    data.examples_per_class = 0
+    # Seed of that subset and of the held-out images, apart from `seed`: runs share their data.
+    data.subset_seed = 0
+    # Replace the data set by this many generated images of its shape and classes; 0: the real ones.
+    data.generated_examples = 0
+
+    config.optimizer = optimizer = config_dict.ConfigDict()
+    # Learning rate after the warm-up, for the global batch as it is (never scaled behind your
+    # back).
+    optimizer.learning_rate = 0.1
+    # Momentum of SGD.
+    optimizer.momentum = 0.9
+    # Nesterov momentum, or plain.
+    optimizer.nesterov = True
+    # Weight decay on all parameters, added to the gradient before the momentum.
+    optimizer.weight_decay = 1e-4
+    # 'step' (times decay_factor at each milestone), 'cosine' (to 0) or 'constant'.
+    optimizer.schedule = 'step'
+    # Milestones of the step schedule, as shares of the run.
+    optimizer.milestones = (0.5, 0.75)
+    # Factor of the step schedule.
+    optimizer.decay_factor = 0.1
+    # Epochs of linear warm-up from 0; may be a fraction.
+    optimizer.warmup_epochs = 0.0
+
+    config.train = train = config_dict.ConfigDict()
+    # Epochs of training.
+    train.epochs = 300
+    # Steps of training in place of epochs; 0 goes by the epochs.
+    train.steps = 0
+    # Steps between two training records (there is one at every epoch's end too).
+    train.log_every = 50
+    # Epochs between two evaluations (there is one at the end too).
+    train.eval_every_epochs = 1
+    # Epochs between two checkpoints (there is one at the end too).
+    train.checkpoint_every_epochs = 1
+    # How many of the latest checkpoints are kept; with a validation split, the best one too.
+    train.keep_checkpoints = 2
+    # Train steps per call of the compiled function; more than 1 is for accelerators.
+    train.steps_per_call = 1
+    # Where compiled programs are kept for the next run; empty keeps none.
+    train.compilation_cache_dir = '~/.cache/one_jax'
+    return config.lock()
+
+
+def apply_options(
+    config: config_dict.ConfigDict,
+    options: str | None,
+    **variants: Mapping[str, Any],
+) -> config_dict.ConfigDict:
+    """Applies the options of a config file: what follows the colon in `configs/x.py:smoke,plain`.
+
+    Every recipe has two options of its own accord. `plain` is its baseline, the network alone with
+    one branch. `smoke` is a few steps on generated images, to see that everything runs.
+
+    Args:
+      config: the recipe.
+      options: comma-separated names, or None or '' for the recipe as it is.
+      **variants: for each option of this recipe, the dotted fields it sets. They come after what
+        `plain` and `smoke` set already.
+
+    Raises:
+      UserError: an option that the recipe does not have.
+    """
+    variants = {
+        'plain': {**_PLAIN, **variants.get('plain', {})},
+        'smoke': {**_SMOKE, **variants.get('smoke', {})},
+        **{name: fields for name, fields in variants.items() if name not in ('plain', 'smoke')},
+    }
+    for option in filter(None, (options or '').split(',')):
+        if option not in variants:
+            raise UserError(
+                f'config option {option!r} is not one of {", ".join(map(repr, variants))}'
+            )
+        config.update_from_flattened_dict(variants[option])
+    return config
+
+
+_PLAIN = {'method.name': 'plain', 'model.num_branches': 1}
+_SMOKE = {
+    'data.generated_examples': 64,
+    'data.batch_size': 16,
+    'data.eval_batch_size': 16,
+    'train.steps': 4,
+    'train.log_every': 2,
+}
+
+
+def validate(config: config_dict.ConfigDict, num_devices: int = 1) -> datasets.DatasetSpec:
+    """Checks every field, before anything is compiled or written.
+
+    Args:
+      config: a whole configuration.
+      num_devices: devices that share a batch.
+
+    Returns:
+      The description of the data set.
+
+    Raises:
+      ConfigError: the first field whose value is not allowed.
+      UserError: the data set is not there.
+    """
+    _validate_numbers(config)
+    _choice(config, 'model.dtype', DTYPES)
+    _choice(config, 'model.branch_conv', layers.BRANCH_CONVOLUTIONS)
+    _choice(config, 'optimizer.schedule', SCHEDULES)
+    for milestone in config.optimizer.milestones:
+        if not 0 < milestone < 1:
+            raise ConfigError(
+                'optimizer.milestones', config.optimizer.milestones, 'shares of the run, in (0, 1)'
+            )
+    num_stages = models.network(config.model.name)(num_classes=2).num_stages
+    if not 0 <= config.model.share_stages < num_stages:
+        raise ConfigError(
+            'model.share_stages',
+            config.model.share_stages,
+            f'0 to {num_stages - 1}: {config.model.name} has {num_stages} stages, and a branch '
+            'needs one of its own',
+        )
+    methods.create(config)
+    return validate_data(config.data, num_devices)
+
+
+def validate_data(data: config_dict.ConfigDict, num_devices: int = 1) -> datasets.DatasetSpec:
+    """Checks the group `data`; the arguments, result and errors are those of `validate`."""
+    for field in ('batch_size', 'eval_batch_size'):
+        if data[field] % num_devices:
+            raise ConfigError(
+                f'data.{field}', data[field], f'a multiple of the {num_devices} devices'
+            )
+    return datasets.describe(data)
+
+
+_AT_LEAST = {
+    'seed': 0,
+    'model.num_branches': 1,
+    'data.batch_size': 1,
+    'data.eval_batch_size': 1,
+    'data.padding': -1,
+    'data.examples_per_class': 0,
+    'data.subset_seed': 0,
+    'data.generated_examples': 0,
+    'optimizer.learning_rate': 0,
+    'optimizer.weight_decay': 0,
+    'optimizer.decay_factor': 0,
+    'optimizer.warmup_epochs': 0,
+    'train.epochs': 1,
+    'train.steps': 0,
+    'train.log_every': 1,
+    'train.eval_every_epochs': 1,
+    'train.checkpoint_every_epochs': 1,
+    'train.keep_checkpoints': 1,
+    'train.steps_per_call': 1,
+}
+
+
+def _validate_numbers(config: config_dict.ConfigDict) -> None:
+    for field, minimum in _AT_LEAST.items():
+        value = get_field(config, field)
+        if not (math.isfinite(value) and value >= minimum):
+            raise ConfigError(field, value, f'at least {minimum}')
+    if config.seed >= 2**32:
+        raise ConfigError('seed', config.seed, 'below 2**32')
+    for field in ('optimizer.momentum', 'data.validation_fraction'):
+        if not 0 <= get_field(config, field) < 1:
+            raise ConfigError(field, get_field(config, field), 'at least 0 and below 1')
+
+
+def _choice(config: config_dict.ConfigDict, field: str, allowed: tuple[str, ...]) -> None:
+    if get_field(config, field) not in allowed:
+        raise ConfigError(field, get_field(config, field), allowed)
+
+
+def resolve(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+    """A frozen copy in which the method's own defaults stand for every None."""
+    resolved = config.copy_and_resolve_references()
+    with resolved.unlocked():
+        resolved.method.update(methods.create(config).settings)
+    return config_dict.FrozenConfigDict(resolved)
+
+
+def get_field(config: Any, field: str) -> Any:
+    """The value of a dotted field of a (nested) config or dictionary."""
+    for part in field.split('.'):
+        config = config[part]
+    return config
+
+
+def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """A nested dictionary as dotted names and values; tuples become lists, as in JSON."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f'{prefix}{name}.')
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def differences(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """The fields in which two configs differ, one line each; `MACHINE_FIELDS` may differ."""
+    old, new = flatten(stored), flatten(config)
+    absent = '(absent)'
+    return [
+        f'{field}: {old.get(field, absent)!r} in the workdir, {new.get(field, absent)!r} now'
+        for field in sorted(old.keys() | new.keys())
+        if field not in MACHINE_FIELDS and old.get(field, absent) != new.get(field, absent)
+    ]

@@ -1,0 +1,110 @@
+"""Data sets in memory: a batch is a pure function of (seed, step), so resuming costs nothing."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from one_jax.errors import ConfigError
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """A split in memory: images uint8 [N, H, W, 3] and labels int32 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray | slice) -> 'Examples':
+        """The examples at `indices` [M], in that order; of a slice, without a copy."""
+        return Examples(self.images[indices], self.labels[indices])
+
+
+def random_bits(seed: int, stream: int, size: int) -> np.ndarray:
+    """Raw output of the Philox generator, uint64 [size], the same in every version of numpy.
+
+    Args:
+      seed: below 2**64.
+      stream: below 2**64; outputs of different (seed, stream) are independent. Epochs are streams,
+        so other uses count from 2**63 on.
+      size: how many numbers.
+    """
+    return np.random.Philox(key=np.array([seed, stream], np.uint64)).random_raw(size)
+
+
+def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order, int64 [n], in which `epoch` visits `n` examples.
+
+    numpy promises the stream of a bit generator for ever, but not what `Generator.permutation`
+    makes of it: the order is the argsort of raw output.
+    """
+    return np.argsort(random_bits(seed, epoch, n), kind='stable')
+
+
+class ResidentBatches:
+    """Shuffled training batches: every epoch visits each example at most once.
+
+    The N mod batch_size examples at the end of an epoch's order are left out, others every epoch,
+    so that all batches are whole.
+    """
+
+    def __init__(self, examples: Examples, batch_size: int, seed: int):
+        """Batches of `batch_size` of the examples, in an order that follows from the seed.
+
+        Raises:
+          ConfigError: there are fewer examples than `batch_size`.
+        """
+        if not 1 <= batch_size <= len(examples):
+            raise ConfigError(
+                'data.batch_size', batch_size, f'1 to {len(examples)}, the number of train images'
+            )
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.steps_per_epoch = len(examples) // batch_size
+        self._order = (0, epoch_permutation(seed, 0, len(examples)))
+
+    def indices(self, step: int) -> np.ndarray:
+        """Which examples make up the batch of a step, int64 [batch_size]."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        cached_epoch, order = self._order
+        if cached_epoch != epoch:
+            order = epoch_permutation(self.seed, epoch, len(self.examples))
+            self._order = (epoch, order)
+        return order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0 over all epochs.
+
+        Returns:
+          `image` uint8 [B, H, W, 3], `label` int32 [B] and `mask` float32 [B], all ones.
+        """
+        return _batch(self.examples.take(self.indices(step)), self.batch_size)
+
+
+def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
+    """Every example exactly once, in order; the last batch is padded with zeros of mask 0.
+
+    Yields:
+      Batches as those of `ResidentBatches.batch`, all of the same shapes.
+    """
+    for start in range(0, len(examples), batch_size):
+        yield _batch(examples.take(slice(start, start + batch_size)), batch_size)
+
+
+def _batch(examples: Examples, batch_size: int) -> Batch:
+    batch = {
+        'image': examples.images,
+        'label': examples.labels,
+        'mask': np.ones(len(examples), np.float32),
+    }
+    missing = batch_size - len(examples)
+    if missing:
+        batch = {
+            name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+            for name, array in batch.items()
+        }
+    return batch

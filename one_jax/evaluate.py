@@ -1,0 +1,228 @@
+"""Exact evaluation of every branch, the teacher and the ensemble; also of an exported student.
+
+python -m one_jax.evaluate --workdir=DIR
+python -m one_jax.evaluate --student=DIR [--config=configs/X.py]
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax import lax
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from one_jax import checkpoint, command, methods, metrics, models, parallel, report, workdir
+from one_jax import config as config_lib
+from one_jax import student as student_lib
+from one_jax.data import augment, datasets, resident
+from one_jax.errors import UserError
+from one_jax.models.multibranch import Outputs
+
+MEASURES = ('top1', 'top5', 'nll', 'ece')
+
+
+def predictor_logits(outputs: Outputs) -> jax.Array:
+    """The logits of all that is evaluated: branches, teacher where there is one, mean ensemble.
+
+    The ensemble is the mean of the branches' logits, as the methods' papers have it.
+
+    Returns:
+      [K + 1, B, C] or [K + 2, B, C].
+    """
+    logits = [*outputs.logits]
+    if outputs.teacher_logits is not None:
+        logits.append(outputs.teacher_logits)
+    return jnp.stack([*logits, outputs.logits.mean(axis=0)])
+
+
+def make_evaluation_step(
+    predict: Callable[[Any, jax.Array], jax.Array], spec: datasets.DatasetSpec, mesh: Mesh
+) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
+    """The compiled evaluation of one batch, data-parallel over `mesh`.
+
+    Args:
+      predict: maps (variables, normalised images [b, H, W, 3]) to logits [P, b, C].
+      spec: the data set's description, for its mean and standard deviation.
+      mesh: devices.
+
+    Returns:
+      A function of variables and a batch; it gives the masked sums of `metrics.prediction_sums`.
+    """
+
+    def step(variables, batch):
+        images = augment.normalise(batch['image'], spec.mean, spec.std, jnp.float32)
+        logits = predict(variables, images)
+        sums = metrics.prediction_sums(logits, batch['label'], batch['mask'])
+        return lax.psum(sums, parallel.DATA_AXIS)
+
+    return parallel.data_parallel(step, mesh)
+
+
+def evaluate_split(
+    evaluation_step: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]],
+    variables: Any,
+    examples: datasets.Examples,
+    batch_size: int,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """Every example exactly once: `top1`, `top5`, `nll`, `ece` as lists over the predictors."""
+    sums = [
+        evaluation_step(variables, parallel.shard_batch(batch, mesh))
+        for batch in resident.evaluation_batches(examples, batch_size)
+    ]
+    return metrics.summarise(metrics.add_sums(jax.device_get(sums)))
+
+
+def name_predictors(
+    summary: dict[str, Any], num_branches: int, has_teacher: bool, deployed: str
+) -> dict[str, Any]:
+    """The record of an evaluation: `branch_top1` [K], `teacher_top1`, `ensemble_top1`,
+    `deployed_top1`, ...
+
+    Args:
+      summary: lists over the predictors, in the order of `predictor_logits`.
+      num_branches: K.
+      has_teacher: whether there is a teacher; without one its measures are None.
+      deployed: 'branch N' or 'ensemble'.
+    """
+    record = {}
+    for measure in MEASURES:
+        values = summary[measure]
+        record[f'branch_{measure}'] = values[:num_branches]
+        record[f'teacher_{measure}'] = values[num_branches] if has_teacher else None
+        record[f'ensemble_{measure}'] = values[-1]
+        index = -1 if deployed == 'ensemble' else int(deployed.removeprefix('branch '))
+        record[f'deployed_{measure}'] = values[index]
+    return record
+
+
+def one_line(epoch: float, split: str, record: dict[str, Any]) -> str:
+    """Top-1 of all predictors, for the log of a run."""
+    branches = ' '.join(f'{top1:.2f}' for top1 in record['branch_top1'])
+    teacher = record['teacher_top1']
+    line = f'epoch {epoch:g}  {split} top-1: branches {branches}'
+    return line if teacher is None else f'{line}  teacher {teacher:.2f}'
+
+
+class Evaluator:
+    """Evaluates a branched network on the splits of a data set.
+
+    Args:
+      config: resolved.
+      method: that trained the network.
+      network: a `MultiBranch`.
+      dataset: with its splits.
+      mesh: devices.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        method: methods.Method,
+        network: models.MultiBranch,
+        dataset: datasets.Dataset,
+        mesh: Mesh,
+    ):
+        self._config, self._method, self._dataset, self._mesh = config, method, dataset, mesh
+        self._step = make_evaluation_step(
+            lambda variables, images: predictor_logits(
+                network.apply(variables, images, train=False)
+            ),
+            dataset.spec,
+            mesh,
+        )
+
+    def splits(self, final: bool) -> list[str]:
+        """What to evaluate: held-out images where there are some; in the end, all splits."""
+        held_out = [split for split in self._dataset.splits if split != 'train']
+        return held_out if final or len(held_out) == 1 else ['validation']
+
+    def __call__(self, variables: Any, split: str) -> dict[str, Any]:
+        """The record of one split; see `name_predictors`."""
+        summary = evaluate_split(
+            self._step,
+            variables,
+            self._dataset.splits[split],
+            self._config.data.eval_batch_size,
+            self._mesh,
+        )
+        return name_predictors(
+            summary,
+            self._config.model.num_branches,
+            self._method.make_aggregator is not None,
+            self._method.deployed,
+        )
+
+
+def evaluate_workdir(directory: Path) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of a run on the test split."""
+    config = workdir.read_config(directory)
+    mesh = parallel.make_mesh()
+    config_lib.validate(config, mesh.size)
+    parallel.use_compilation_cache(config.train.compilation_cache_dir)
+    dataset = datasets.load(config.data)
+    method = methods.create(config)
+    network = models.make_network(config.model, dataset.spec.num_classes, method.make_aggregator)
+    with checkpoint.Checkpoints(directory / workdir.CHECKPOINTS, read_only=True) as checkpoints:
+        state, _, step = checkpoints.read()
+    variables = {name: state[name] for name in ('params', 'batch_stats')}
+    evaluator = Evaluator(config, method, network, dataset, mesh)
+    record = evaluator(parallel.replicate(variables, mesh), 'test')
+    return {'step': step, 'split': 'test', **record}
+
+
+def evaluate_student(directory: Path, config: Any | None = None) -> dict[str, Any]:
+    """Evaluates an exported student on the test split of its own data set, or of `config`'s.
+
+    Raises:
+      UserError: the folder holds no student, or the data set does not suit it.
+    """
+    student = student_lib.load_student(directory)
+    mesh = parallel.make_mesh()
+    if config is None:
+        config = config_lib.default_config()
+        config.data.update(student.config['data'])
+    spec = config_lib.validate_data(config.data, mesh.size)
+    student.check_data(spec)
+    dataset = datasets.load(config.data)
+    step = make_evaluation_step(
+        lambda variables, images: student.network.apply(variables, images, train=False).logits[
+            None
+        ],
+        dataclasses.replace(dataset.spec, mean=student.mean, std=student.std),
+        mesh,
+    )
+    summary = evaluate_split(
+        step,
+        parallel.replicate(student.variables, mesh),
+        dataset.splits['test'],
+        config.data.eval_batch_size,
+        mesh,
+    )
+    return {'split': 'test', **name_predictors(summary, 1, False, 'branch 0')}
+
+
+def main() -> None:
+    """Evaluates what the flags name and prints the table."""
+    directory, student = flags.FLAGS.workdir, flags.FLAGS.student
+    if bool(directory) == bool(student):
+        raise UserError('give either --workdir=DIR, a run, or --student=DIR, an exported student')
+    if student:
+        record = evaluate_student(Path(student), flags.FLAGS.config)
+    else:
+        record = evaluate_workdir(Path(directory))
+    print(report.run_table(record))
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('workdir', None, 'The directory of a run.')
+    flags.DEFINE_string('student', None, 'The folder of an exported student.')
+    config_flags.DEFINE_config_file(
+        'config', None, 'Whose data set to take for the student; its own by default.'
+    )
+    command.run(main)

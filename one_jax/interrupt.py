@@ -1,0 +1,54 @@
+"""SIGTERM and Ctrl-C as a request to stop after the current step."""
+
+import signal
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """A run stopped by a signal, its state saved.
+
+    Attributes:
+      step: at which it stopped.
+      signal_number: what stopped it.
+    """
+
+    def __init__(self, step: int, signal_number: int):
+        self.step, self.signal_number = step, signal_number
+        super().__init__(f'{signal.Signals(signal_number).name} at step {step}')
+
+
+class StopRequest:
+    """A context in which SIGTERM and SIGINT are noted instead of ending the process.
+
+    The second signal acts as it would have without this, so that a stuck process can be ended.
+
+    Attributes:
+      signal_number: of the signal that came, or None.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.signal_number: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> 'StopRequest':
+        for number in self.SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def __bool__(self) -> bool:
+        return self.signal_number is not None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.signal_number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

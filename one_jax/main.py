@@ -1,0 +1,45 @@
+"""Trains and evaluates a recipe.
+
+    python -m one_jax.main --config=configs/cifar100_resnet32.py --workdir=DIR
+
+Run again with the same workdir, it goes on where it stopped.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from one_jax import command, report, train, workdir
+from one_jax.errors import UserError
+from one_jax.interrupt import Interrupted
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe, e.g. configs/X.py[:options].')
+WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept; runs/<config> by default.')
+
+
+def default_workdir(config_flag: str) -> Path:
+    """`runs/<config name and options>` for what --config says."""
+    path, _, options = config_flag.partition(':')
+    return Path('runs', '_'.join([Path(path).stem, *filter(None, options.split(','))]))
+
+
+def main() -> None:
+    """Logs what it runs on, trains, and prints the table of the result."""
+    config = CONFIG.value
+    if config is None:
+        raise UserError('give --config=configs/X.py')
+    directory = Path(WORKDIR.value or default_workdir(flags.FLAGS['config'].config_filename))
+    print(f'{jax.device_count()} x {workdir.device_name()}, JAX {jax.__version__}; {directory}')
+    try:
+        result = train.train_and_evaluate(config, directory)
+    except Interrupted as interrupted:
+        print(f'stopped by {interrupted}, saved; the same command goes on', file=sys.stderr)
+        sys.exit(128 + interrupted.signal_number)
+    print(report.run_table(result))
+
+
+if __name__ == '__main__':
+    command.run(main)

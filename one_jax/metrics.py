@@ -1,0 +1,324 @@
+"""Measures as masked sums, and where they go: metrics.jsonl, TensorBoard and the terminal."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorboardX
+import tqdm
+from jax import lax
+
+from one_jax import losses
+from one_jax.errors import UserError
+
+FILE_NAME = 'metrics.jsonl'
+CALIBRATION_BINS = 15
+
+
+def prediction_sums(
+    logits: jax.typing.ArrayLike,
+    labels: jax.typing.ArrayLike,
+    mask: jax.typing.ArrayLike,
+    num_bins: int = CALIBRATION_BINS,
+) -> dict[str, jax.Array]:
+    """Sums over a batch from which `summarise` computes exact accuracies, NLL and calibration.
+
+    Pure, and sums of sums over batches or devices are again such sums. Among equal logits the lower
+    class ranks higher, as in `lax.top_k`. A top probability on the edge of two bins belongs to the
+    lower one.
+
+    Args:
+      logits: [..., B, C].
+      labels: [B], integers.
+      mask: [B], 0 for padding; what stands there changes nothing.
+      num_bins: M, bins of equal width for the top probability.
+
+    Returns:
+      'examples', 'top1', 'top5' (counts; C < 5 makes it top C) and 'nll' (nats), each [...]; and
+      'bin_examples', 'bin_confidence' (top probabilities) and 'bin_correct', each [..., M].
+    """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    chex.assert_shape(mask, labels.shape)
+    nll = losses.cross_entropy(logits, labels)
+    valid = jnp.broadcast_to(jnp.asarray(mask).astype(bool), nll.shape)
+
+    ranked = lax.top_k(logits, min(5, logits.shape[-1]))[1]
+    hits = ranked == jnp.broadcast_to(labels[:, None], ranked.shape)
+    confidence = jax.nn.softmax(logits.astype(nll.dtype)).max(axis=-1)
+    bins = jnp.clip(jnp.ceil(confidence * num_bins).astype(jnp.int32) - 1, 0, num_bins - 1)
+    in_bin = valid[..., None] & jax.nn.one_hot(bins, num_bins, dtype=bool)
+
+    def masked_sum(values: jax.Array) -> jax.Array:
+        return values.astype(nll.dtype).sum(axis=-1, where=valid)
+
+    def bin_sums(values: jax.Array) -> jax.Array:
+        values = jnp.broadcast_to(values.astype(nll.dtype)[..., None], in_bin.shape)
+        return values.sum(axis=-2, where=in_bin)
+
+    return {
+        'examples': masked_sum(jnp.ones_like(nll)),
+        'top1': masked_sum(hits[..., 0]),
+        'top5': masked_sum(hits.any(axis=-1)),
+        'nll': masked_sum(nll),
+        'bin_examples': bin_sums(jnp.ones_like(nll)),
+        'bin_confidence': bin_sums(confidence),
+        'bin_correct': bin_sums(hits[..., 0]),
+    }
+
+
+def add_sums(batches: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Adds up the `prediction_sums` of several batches on the host, in float64.
+
+    Raises:
+      UserError: there is no batch.
+    """
+    if not batches:
+        raise UserError('there are no examples to evaluate: give a split that is not empty')
+    return {
+        name: sum(np.asarray(sums[name], np.float64) for sums in batches) for name in batches[0]
+    }
+
+
+def summarise(sums: Mapping[str, Any]) -> dict[str, float | list]:
+    """The measures of a whole split.
+
+    The expected calibration error is sum_m n_m / n |accuracy_m - confidence_m| (Guo, Pleiss, Sun,
+    Weinberger 2017, equation 3).
+
+    Args:
+      sums: of `add_sums`, or of one `prediction_sums`.
+
+    Returns:
+      'top1', 'top5' and 'ece' in percent, 'nll' in nats: Python floats, or lists over the leading
+      dimensions.
+
+    Raises:
+      UserError: there is no example.
+    """
+    sums = {name: np.asarray(values, np.float64) for name, values in sums.items()}
+    examples = sums['examples']
+    if not examples.all():
+        raise UserError('there are no examples to evaluate: give a split that is not empty')
+    gap = np.abs(sums['bin_correct'] - sums['bin_confidence']).sum(axis=-1)
+    return {
+        'top1': (100 * sums['top1'] / examples).tolist(),
+        'top5': (100 * sums['top5'] / examples).tolist(),
+        'nll': (sums['nll'] / examples).tolist(),
+        'ece': (100 * gap / examples).tolist(),
+    }
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, in order; `path` is the file or its workdir.
+
+    Lines that are no record are left out: a process that is killed leaves half a line behind.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        lines = path.read_bytes().split(b'\n')
+    except OSError as error:
+        raise UserError(f'{str(path)!r} cannot be read: {error.strerror}') from None
+    return [record for line in lines if (record := _parse_record(line)) is not None]
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode())
+    except ValueError:
+        return None
+    if isinstance(record, dict) and isinstance(record.get('step'), int):
+        return record
+    return None
+
+
+class RecordWriter:
+    """Writes records to metrics.jsonl and TensorBoard events in a workdir.
+
+    metrics.jsonl gets one JSON object a line: 'step', 'epoch', 'split' and the measures, which are
+    numbers or lists of numbers. It holds nothing that depends on the clock, so that a resumed run
+    leaves the same file as an uninterrupted one. Undefined and infinite values, which JSON does not
+    have, become null; TensorBoard gets them as they are.
+
+    Args:
+      workdir: made if need be.
+      resume_step: the step of the checkpoint to go on from: later records are cut off, because the
+        run makes them again, and so is what a killed process left half written. None starts afresh.
+    """
+
+    def __init__(self, workdir: str | Path, resume_step: int | None = None):
+        path = Path(workdir) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_records(path, -1 if resume_step is None else resume_step)
+        self._file = path.open('ab')
+        self._events = tensorboardX.SummaryWriter(
+            str(workdir),
+            purge_step=0 if resume_step is None else resume_step + 1,
+            flush_secs=10,
+            # By itself the name tells only seconds apart: a quick resume would overwrite the file.
+            filename_suffix=f'.{time.time_ns()}',
+        )
+
+    def write(
+        self,
+        step: int,
+        epoch: float,
+        split: str,
+        metrics: Mapping[str, Any],
+        timing: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes one record, and makes sure that it outlives the process.
+
+        Args:
+          step: completed steps.
+          epoch: completed epochs.
+          split: 'train', 'validation' or 'test'.
+          metrics: scalars and [K] arrays by name; in TensorBoard the entries of `branch_top1` are
+            `test/branch_top1/0`, `test/branch_top1/1`, ... None is left out.
+          timing: what depends on the clock, such as images a second: for TensorBoard only.
+        """
+        arrays = {
+            name: np.asarray(values, np.float64)
+            for name, values in metrics.items()
+            if values is not None
+        }
+        record = {'step': int(step), 'epoch': float(epoch), 'split': split}
+        record |= {name: _jsonable(values.tolist()) for name, values in arrays.items()}
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b'\n')
+        self._file.flush()
+        for name, values in (arrays | dict(timing or {})).items():
+            for index, value in np.ndenumerate(values):
+                tag = '/'.join([split, name, *map(str, index)])
+                self._events.add_scalar(tag, float(value), int(step))
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _jsonable(value: float | list) -> float | list | None:
+    if isinstance(value, list):
+        return [_jsonable(entry) for entry in value]
+    return value if math.isfinite(value) else None
+
+
+def _cut_records(path: Path, last_step: int) -> None:
+    """Leaves the records up to `last_step`, byte for byte; the file changes whole or not at all."""
+    before = path.read_bytes() if path.exists() else b''
+    kept = b''
+    for line in before.split(b'\n'):
+        record = _parse_record(line)
+        if record is not None and record['step'] <= last_step:
+            kept += line + b'\n'
+    if kept == before:
+        return
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    with temporary.open('wb') as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class Progress:
+    """How far training is: a bar with ETA on a terminal, elsewhere a line for every log point.
+
+    Args:
+      total_steps: of the run.
+      batch_size: images a step.
+      start_step: steps done before this process.
+      stream: where to show it.
+      clock: seconds.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        batch_size: int,
+        start_step: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._stream = sys.stderr if stream is None else stream
+        self._total_steps, self._batch_size, self._clock = total_steps, batch_size, clock
+        self._first = self._last = (start_step, clock())
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm.tqdm(
+                total=total_steps,
+                initial=start_step,
+                file=self._stream,
+                unit='step',
+                dynamic_ncols=True,
+            )
+
+    def update(self, step: int) -> None:
+        """Moves the bar to `step` completed steps; costs next to nothing."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def log(self, step: int, epoch: float, loss: float) -> float:
+        """Shows a log point.
+
+        Args:
+          step: completed steps.
+          epoch: completed epochs.
+          loss: at this step; the caller has waited for it, which makes the time true.
+
+        Returns:
+          Images a second since the last log point, without what was `paused`.
+        """
+        now = self._clock()
+        rate = (step - self._last[0]) * self._batch_size / max(now - self._last[1], 1e-9)
+        seconds_a_step = (now - self._first[1]) / max(step - self._first[0], 1)
+        self._last = (step, now)
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f'epoch {epoch:.2f}, loss {loss:.4f}, {rate:,.0f} images/s', refresh=False
+            )
+            self.update(step)
+        else:
+            left = tqdm.tqdm.format_interval((self._total_steps - step) * seconds_a_step)
+            self.message(
+                f'step {step}/{self._total_steps}  epoch {epoch:.2f}  loss {loss:.4f}  '
+                f'{rate:,.0f} images/s  {left} left'
+            )
+        return rate
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For evaluation and saving: their time counts in the ETA, but not in images a second."""
+        start = self._clock()
+        yield
+        step, last = self._last
+        self._last = (step, last + self._clock() - start)
+
+    def message(self, text: str) -> None:
+        """Prints a line without tearing the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

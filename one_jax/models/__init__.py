@@ -1,0 +1,99 @@
+"""Networks by name.
+
+CIFAR ResNets are named by their depth, `resnet8`, `resnet14`, `resnet20`, `resnet32`, ..., any 6n +
+2 (save 50, which the field reads as ImageNet's). Three different networks are called "ResNet-110"
+in the literature:
+
+- `resnet110`: basic blocks, n = 18 (He et al.);
+- `resnet110_bottleneck`: bottleneck blocks, n = 18, 164 layers deep: the ONE authors' code;
+- `resnet110_bottleneck12`: bottleneck blocks, n = 12, 110 layers deep: OKDDip and its descendants.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from one_jax.errors import ConfigError
+from one_jax.models.backbone import Backbone
+from one_jax.models.multibranch import MultiBranch
+from one_jax.models.resnet_cifar import BottleneckBlock, CifarResNet
+
+NETWORKS: dict[str, Callable[..., Backbone]] = {
+    'resnet110_bottleneck': functools.partial(
+        CifarResNet, blocks_per_stage=18, block=BottleneckBlock
+    ),
+    'resnet110_bottleneck12': functools.partial(
+        CifarResNet, blocks_per_stage=12, block=BottleneckBlock
+    ),
+    # The smallest with bottlenecks, for tests.
+    'resnet11_bottleneck': functools.partial(
+        CifarResNet, blocks_per_stage=1, block=BottleneckBlock
+    ),
+}
+
+
+def network(name: str) -> Callable[..., Backbone]:
+    """The constructor of the network called `name`; it wants `num_classes`.
+
+    Raises:
+      ConfigError: there is no network of that name.
+    """
+    if name in NETWORKS:
+        return NETWORKS[name]
+    depth = re.fullmatch(r'resnet([1-9]\d*)', name)
+    if depth and int(depth[1]) >= 8 and int(depth[1]) != 50 and int(depth[1]) % 6 == 2:
+        return functools.partial(CifarResNet, blocks_per_stage=(int(depth[1]) - 2) // 6)
+    known = ', '.join(sorted(NETWORKS))
+    raise ConfigError(
+        'model.name', name, f'one of {known}, or resnetN with N = 6n + 2: resnet8, resnet20, ...'
+    )
+
+
+def make_backbone(
+    name: str,
+    num_classes: int,
+    dtype: Any = jnp.float32,
+    norm_axis_name: str | None = None,
+    branch_conv: str = 'dense',
+) -> Callable[..., Backbone]:
+    """A constructor of segments of the network `name`; the arguments are `Backbone`'s."""
+    return functools.partial(
+        network(name),
+        num_classes=num_classes,
+        dtype=jnp.dtype(dtype),
+        norm_axis_name=norm_axis_name,
+        branch_conv=branch_conv,
+    )
+
+
+def make_network(
+    model_config: Any,
+    num_classes: int,
+    make_aggregator: Callable[..., nn.Module] | None,
+    norm_axis_name: str | None = None,
+) -> MultiBranch:
+    """The network that is trained, from the group `model` of the configuration.
+
+    Args:
+      model_config: `name`, `num_branches`, `share_stages`, `dtype`, `branch_conv`.
+      num_classes: of the data set.
+      make_aggregator: the method's, or None.
+      norm_axis_name: mesh axis of synchronised batch normalisation, or None.
+    """
+    dtype = jnp.dtype(model_config.dtype)
+    if make_aggregator is not None:
+        make_aggregator = functools.partial(
+            make_aggregator, dtype=dtype, norm_axis_name=norm_axis_name
+        )
+    return MultiBranch(
+        make_backbone=make_backbone(
+            model_config.name, num_classes, dtype, norm_axis_name, model_config.branch_conv
+        ),
+        num_branches=model_config.num_branches,
+        share_stages=model_config.share_stages,
+        make_aggregator=make_aggregator,
+    )

@@ -1,0 +1,66 @@
+"""Data parallelism: one mesh axis, a step that is the same program on every device."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+DATA_AXIS = 'data'
+# The batch axis comes first, or second behind an axis of steps.
+BATCH, STEPS_AND_BATCH = P(DATA_AXIS), P(None, DATA_AXIS)
+
+
+def use_compilation_cache(directory: str) -> None:
+    """Keeps compiled programs in `directory` for later runs; '' keeps none."""
+    jax.config.update('jax_compilation_cache_dir', os.path.expanduser(directory) or None)
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with the one axis `DATA_AXIS` over `devices`, or over all there are."""
+    devices = devices or jax.devices()
+    return jax.make_mesh(
+        (len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices
+    )
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Puts a whole copy of every array on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def shard_batch(batch: Any, mesh: Mesh, spec: P = BATCH) -> Any:
+    """Splits the batch axis of every array over the devices."""
+    return jax.device_put(batch, NamedSharding(mesh, spec))
+
+
+def data_parallel(
+    step: Callable[..., Any], mesh: Mesh, batch_spec: P = BATCH, donate_state: bool = False
+) -> Callable[..., Any]:
+    """Compiles `step(replicated, batch)` to run on every device's share of the batch.
+
+    Inside, the first argument is whole and the second is the device's part; what it returns must be
+    equal on all devices, e.g. after `lax.pmean`. The checks of `shard_map` enforce that.
+
+    Args:
+      step: a function of (replicated tree, batch).
+      mesh: from `make_mesh`.
+      batch_spec: `BATCH` or `STEPS_AND_BATCH`.
+      donate_state: give the first argument's buffers to the result.
+    """
+    return jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=(P(), batch_spec), out_specs=P()),
+        donate_argnums=(0,) if donate_state else (),
+    )
+
+
+def varying(tree: Any) -> Any:
+    """Marks a replicated tree as the device's own copy, so that gradients are the device's own too.
+
+    Without it, differentiating with respect to replicated parameters sums the gradient over devices
+    already, and a `pmean` after that leaves it multiplied by their number.
+    """
+    return jax.tree.map(lambda x: lax.pcast(x, DATA_AXIS, to='varying'), tree)

@@ -1,0 +1,110 @@
+"""The files of a run beside its checkpoints: config.json, result.json; and whose workdir it is."""
+
+import contextlib
+import json
+import os
+import platform
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import one_jax
+from one_jax import config as config_lib
+from one_jax.errors import UserError
+
+CONFIG, RESULT, CURVES, CHECKPOINTS = 'config.json', 'result.json', 'curves.png', 'checkpoints'
+
+
+def check(workdir: Path, config: Any) -> None:
+    """Makes sure that a run of `config` may write to `workdir`; leaves no trace.
+
+    Raises:
+      UserError: the workdir cannot be written, or holds a run of another config, or something else.
+    """
+    existing = workdir
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f'workdir={str(workdir)!r} cannot be written ({error.strerror}): give another --workdir'
+        ) from None
+    if (workdir / CONFIG).exists():
+        different = config_lib.differences(read_json(workdir / CONFIG), config.to_dict())
+        if different:
+            raise UserError(
+                f'workdir={str(workdir)!r} holds a run of another config; give another --workdir. '
+                f'They differ in {"; ".join(different)}'
+            )
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise UserError(
+            f'workdir={str(workdir)!r} is not empty and holds no {CONFIG}: '
+            'give the directory of a run, or an empty or a new one'
+        )
+
+
+def read_config(workdir: Path) -> Any:
+    """The config of the run in `workdir`, locked.
+
+    Raises:
+      UserError: there is no run.
+    """
+    if not (workdir / CONFIG).is_file():
+        raise UserError(f'workdir={str(workdir)!r} holds no run: there is no {CONFIG} in it')
+    config = config_lib.default_config()
+    with config.unlocked():
+        config.update(read_json(workdir / CONFIG))
+    return config_lib.resolve(config)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      UserError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f'{str(path)!r} is damaged: not JSON ({error})') from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    try:
+        with os.fdopen(handle, 'w') as file:
+            json.dump(content, file, indent=2, allow_nan=False)
+            file.write('\n')
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+    return {
+        'one_jax': one_jax.__version__,
+        'python': platform.python_version(),
+        **{package: metadata.version(package) for package in packages},
+    }
+
+
+def device_name() -> str:
+    """The accelerator, or the processor's architecture and core count."""
+    device = jax.devices()[0]
+    if device.platform == 'cpu':
+        return f'cpu ({platform.machine()}, {os.cpu_count()} cores)'
+    return device.device_kind
