@@ -139,8 +139,8 @@ class Evaluator:
 
     def splits(self, final: bool) -> list[str]:
         """What to evaluate: held-out images where there are some; in the end, all splits."""
-        held_out = [split for split in self._dataset.splits if split != 'train']
-        return held_out if final or len(held_out) == 1 else ['validation']
+        held_out = [split for split in ('validation', 'test') if split in self._dataset.splits]
+        return held_out if final else held_out[:1]
 
     def __call__(self, variables: Any, split: str) -> dict[str, Any]:
         """The record of one split; see `name_predictors`."""

@@ -32,9 +32,8 @@ COLUMNS += ('teacher', 'ensemble', 'deployed', 'seed', 'time')
 # Of one run: what to look up, and decimals.
 MEASURES = {'top-1 %': ('top1', 2), 'top-5 %': ('top5', 2), 'NLL': ('nll', 4), 'ECE %': ('ece', 2)}
 LEGEND = """\
-Test top-1 accuracy in %. branches: mean ± standard deviation over the branches of a run, then each
-one. params, MFLOPs (one image forward, 2 per multiply-add): the training graph, then what is
-deployed.
+Test top-1 accuracy in %. branches: mean ± standard deviation over a run's branches, then each one.
+params, MFLOPs (one image forward, 2 per multiply-add): the training graph, then what is deployed.
 n: runs that differ in the seed only, mean ± sample standard deviation over the n seeds."""
 
 

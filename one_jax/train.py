@@ -126,7 +126,7 @@ def make_train_step(
             (gradients, batch_stats, scalars), parallel.DATA_AXIS
         )
         updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
-        scalars['gradient_norm'] = optax.global_norm(gradients)
+        scalars['gradient_norm'] = optax.tree.norm(gradients)
         scalars['learning_rate'] = jnp.asarray(recipe.schedule(state.step))
         return state.replace(
             step=state.step + 1,

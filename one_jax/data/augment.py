@@ -59,7 +59,8 @@ def crop_and_flip(
     padded = jnp.pad(images, ((0, 0), sides, sides, (0, 0)))
 
     def crop(image: jax.Array, offset: jax.Array, flipped: jax.Array) -> jax.Array:
-        window = jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
+        start = (offset[0], offset[1], jnp.zeros_like(offset[0]))
+        window = jax.lax.dynamic_slice(image, start, images.shape[1:])
         return jnp.where(flipped, window[:, ::-1], window)
 
     return jax.vmap(crop)(padded, offsets, flips)
