@@ -286,7 +286,12 @@ class Checkpoints:
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([latest, best]),
                 cleanup_tmp_directories=True,
                 todelete_subdir=_DELETED,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._write_checksums,
+                    # If it failed in a thread, others would wait for it, and the process with them,
+                    # for five minutes.
+                    create_directories_asynchronously=False,
+                ),
             )
             self._delete_expired()
             self._manager = ocp.CheckpointManager(self.directory, options=options)

@@ -21,9 +21,8 @@ from typing import Any
 from one_jax import config as config_lib
 from one_jax import metrics, workdir
 from one_jax.analysis import curves
+from one_jax.analysis.tables import Row, format_cell, format_table, markdown_table
 from one_jax.errors import UserError
-
-Row = Mapping[str, Any]
 
 WIDTH = 120
 SHORTEST_NAME = 16
@@ -107,51 +106,6 @@ def read_run(directory: str | Path) -> Run:
     return Run(name, contents[workdir.CONFIG] or {}, result, records)
 
 
-def _cell(value: Any, digits: int = 2) -> str:
-    if value is None:
-        return ''
-    return f'{value:.{digits}f}' if isinstance(value, float) else str(value)
-
-
-def format_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """A table as plain text: words to the left, numbers to the right.
-
-    Args:
-      rows: the cells by column. Floats get two decimals, None and missing cells stay empty, and a
-        string may have several lines.
-      columns: names, which are the headings too.
-    """
-    cells = [[_cell(row.get(column)).split('\n') for column in columns] for row in rows]
-    columns_of_cells = list(zip(*cells, strict=True)) if cells else [[] for _ in columns]
-    widths = [
-        max(len(line) for line in [name, *(line for cell in column for line in cell)])
-        for name, column in zip(columns, columns_of_cells, strict=True)
-    ]
-    numeric = [all(re.match(r'[-\d]|$', cell[0]) for cell in column) for column in columns_of_cells]
-
-    def join(entries: Iterable[str]) -> str:
-        aligned = (
-            entry.rjust(width) if right else entry.ljust(width)
-            for entry, width, right in zip(entries, widths, numeric, strict=True)
-        )
-        return '  '.join(aligned).rstrip()
-
-    lines = [join(columns), '  '.join('-' * width for width in widths)]
-    for row in cells:
-        for index in range(max(map(len, row))):
-            lines.append(join(cell[index] if index < len(cell) else '' for cell in row))
-    return '\n'.join(lines)
-
-
-def markdown_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """The same table as Markdown; see `format_table`."""
-    lines = [columns, ['---'] * len(columns)]
-    for row in rows:
-        cells = [_cell(row.get(column)) for column in columns]
-        lines.append([cell.replace('|', '\\|').replace('\n', '<br>') for cell in cells])
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-
-
 def _mean_and_deviation(
     values: Iterable[float | None], separator: str = ' ', digits: int = 2
 ) -> str:
@@ -193,7 +147,7 @@ def _run_row(run: Run) -> dict[str, Any]:
         step = max((record['step'] for record in run.records), default=0)
         return row | {'time': f'unfinished\nstep {step}'}
     result = run.result
-    branches = [_cell(value) for value in result.get('branch_top1') or []]
+    branches = [format_cell(value) for value in result.get('branch_top1') or []]
     lines = [_mean_and_deviation(result.get('branch_top1') or [])]
     if len(branches) > 1:
         lines += [' '.join(branches[start : start + 3]) for start in range(0, len(branches), 3)]
@@ -280,7 +234,7 @@ def run_table(result: Mapping[str, Any]) -> str:
     """
     num_branches = len(result.get('branch_top1') or [])
 
-    def row(label: str, name: str, form: Callable[[Any, int], str] = _cell) -> dict[str, str]:
+    def row(label: str, name: str, form: Callable[[Any, int], str] = format_cell) -> dict[str, str]:
         cells = {'predictor': label}
         for heading, (measure, digits) in MEASURES.items():
             value = result.get(f'{name}_{measure}')
@@ -288,7 +242,7 @@ def run_table(result: Mapping[str, Any]) -> str:
         return cells
 
     def branch_row(branch: int) -> dict[str, str]:
-        return row(f'branch {branch}', 'branch', lambda values, d: _cell(values[branch], d))
+        return row(f'branch {branch}', 'branch', lambda values, d: format_cell(values[branch], d))
 
     rows = [branch_row(branch) for branch in range(num_branches)]
     if num_branches > 1:

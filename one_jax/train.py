@@ -1,7 +1,6 @@
 """Training: the step, and the loop that reads from top to bottom."""
 
 import contextlib
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -12,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,10 +19,8 @@ from one_jax import (
     checkpoint,
     evaluate,
     losses,
-    methods,
     metrics,
     models,
-    optimizer,
     parallel,
     workdir,
 )
@@ -33,63 +29,13 @@ from one_jax.analysis import curves
 from one_jax.data import augment, datasets, resident
 from one_jax.interrupt import Interrupted, StopRequest
 from one_jax.models import cost
+from one_jax.progress import Progress
+from one_jax.recipe import Recipe, make_recipe
 from one_jax.state import TrainState, init_state
 
 # Compiled calls that may be under way before the host waits: enough to keep the device busy, few
 # enough that a signal is soon obeyed.
 MAX_CALLS_IN_FLIGHT = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a config and a data set's description determine, before any image is read.
-
-    Attributes:
-      config: resolved: every field has a value.
-      spec: the data set's description, mean and std included.
-      method: the distillation method.
-      network: the branched network.
-      steps_per_epoch: whole batches in the training split.
-      total_steps: of the run.
-      schedule: learning rate by step.
-      optimizer: with that schedule.
-    """
-
-    config: Any
-    spec: datasets.DatasetSpec
-    method: methods.Method
-    network: nn.Module
-    steps_per_epoch: int
-    total_steps: int
-    schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
-
-    @property
-    def total_epochs(self) -> float:
-        return self.total_steps / self.steps_per_epoch
-
-
-def make_recipe(config: Any, spec: datasets.DatasetSpec, steps_per_epoch: int) -> Recipe:
-    """Puts together what training needs; `config` is resolved and valid."""
-    method = methods.create(config)
-    network = models.make_network(
-        config.model,
-        spec.num_classes,
-        method.make_aggregator,
-        parallel.DATA_AXIS if config.sync_batch_norm else None,
-    )
-    total_steps = config.train.steps or config.train.epochs * steps_per_epoch
-    schedule = optimizer.make_schedule(config.optimizer, steps_per_epoch, total_steps)
-    return Recipe(
-        config,
-        spec,
-        method,
-        network,
-        steps_per_epoch,
-        total_steps,
-        schedule,
-        optimizer.make_optimizer(config.optimizer, schedule),
-    )
 
 
 def make_train_step(
@@ -277,7 +223,7 @@ def _train(
     with (
         StopRequest() as stop,
         metrics.RecordWriter(directory, resume_step=step) as records,
-        contextlib.closing(metrics.Progress(recipe.total_steps, batches.batch_size, step)) as bar,
+        contextlib.closing(Progress(recipe.total_steps, batches.batch_size, step)) as bar,
     ):
         saved_at = step
         while step < recipe.total_steps and not stop:

@@ -13,6 +13,7 @@ import jax
 
 import one_jax
 from one_jax import config as config_lib
+from one_jax import metrics
 from one_jax.errors import UserError
 
 CONFIG, RESULT, CURVES, CHECKPOINTS = 'config.json', 'result.json', 'curves.png', 'checkpoints'
@@ -75,12 +76,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file whole or not at all; what JSON has not, NaN and infinity, becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     try:
         with os.fdopen(handle, 'w') as file:
-            json.dump(content, file, indent=2, allow_nan=False)
+            json.dump(metrics.jsonable(content), file, indent=2, allow_nan=False)
             file.write('\n')
             file.flush()
             os.fsync(file.fileno())

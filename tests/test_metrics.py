@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from tensorboardX.proto import event_pb2
 
-from one_jax import metrics
+from one_jax import metrics, progress
 from one_jax.errors import UserError
 
 prediction_sums = jax.jit(metrics.prediction_sums, static_argnames='num_bins')
@@ -258,7 +258,7 @@ class Terminal(io.StringIO):
 def make_progress(stream):
     """A progress whose clock the test turns: it returns both."""
     now = [0.0]
-    return metrics.Progress(100, 32, start_step=20, stream=stream, clock=lambda: now[0]), now
+    return progress.Progress(100, 32, start_step=20, stream=stream, clock=lambda: now[0]), now
 
 
 def test_progress_lines():

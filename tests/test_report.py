@@ -11,7 +11,7 @@ import pytest
 
 from one_jax import config as config_lib
 from one_jax import report
-from one_jax.analysis import curves
+from one_jax.analysis import curves, tables
 from one_jax.errors import UserError
 
 BRANCHES = {0: [97.0, 97.2, 97.7], 1: [96.0, 96.3, 96.9], 2: [98.0, 98.5, 98.1]}
@@ -105,7 +105,7 @@ def test_format_table():
         {'name': 'longer', 'value': 12.346, 'note': None},
         {'name': 'b', 'value': None, 'note': 'two\nlines'},
     ]
-    assert report.format_table(rows, ['name', 'value', 'note', 'absent']).splitlines() == [
+    assert tables.format_table(rows, ['name', 'value', 'note', 'absent']).splitlines() == [
         'name    value  note   absent',
         '------  -----  -----  ------',
         'a        1.00  x',
@@ -118,7 +118,7 @@ def test_format_table():
 def test_markdown_table():
     rows = [{'name': 'a|b', 'value': '1\n2'}]
     expected = ['| name | value |', '| --- | --- |', '| a\\|b | 1<br>2 |']
-    assert report.markdown_table(rows, ['name', 'value']).splitlines() == expected
+    assert tables.markdown_table(rows, ['name', 'value']).splitlines() == expected
 
 
 def test_run_table():
