@@ -11,13 +11,14 @@ The only file that knows Orbax. A checkpoint is the directory `<directory>/<step
   not notice a changed byte in the values: its chunks carry no checksum.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,13 +115,15 @@ class Checkpoints:
 
         Raises:
           ValueError: a leaf is a typed PRNG key or has no elements, or this is read-only.
-          UserError: the save before this one, in the background, could not write its files.
+          UserError: this save, or the one before it in the background, could not write its files.
         """
         if self._read_only:
             raise ValueError(f'{self.directory} is open for reading only')
-        manager = self._writer()
         self.wait()
-        if step in manager.all_steps():
+        self._saving = int(step)
+        with self._reporting_failed_writes():
+            manager = self._writer()
+        if step in self.steps():
             return False
         arrays = {
             name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
@@ -144,9 +147,9 @@ class Checkpoints:
             # already have changed it.
             record=ocp.args.JsonSave(json.loads(json.dumps(record))),
         )
-        self._saving = int(step)
-        # Forced, because Orbax otherwise skips a step below the latest one without a word.
-        return manager.save(int(step), args=items, metrics=metrics, force=True)
+        with self._reporting_failed_writes():
+            # Forced, because Orbax otherwise skips a step below the latest one without a word.
+            return manager.save(int(step), args=items, metrics=metrics, force=True)
 
     def restore_latest(self, template: PyTree) -> Restored | None:
         """Reads the newest checkpoint that is undamaged, into the form of `template`.
@@ -249,13 +252,8 @@ class Checkpoints:
           UserError: the files could not be written.
         """
         if self._manager is not None:
-            try:
+            with self._reporting_failed_writes():
                 self._manager.wait_until_finished()
-            except OSError as error:
-                raise UserError(
-                    f'could not save checkpoint {self._saving} in {self.directory} ({error}); '
-                    'the ones before it are untouched'
-                ) from error
             self._delete_expired()
 
     def close(self) -> None:
@@ -301,6 +299,17 @@ class Checkpoints:
         """The value of `best_metric`; minus infinity, which is never the best, where it is not."""
         value = metrics.get(self.best_metric, -math.inf)
         return -math.inf if math.isnan(value) else value
+
+    @contextlib.contextmanager
+    def _reporting_failed_writes(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore makes a ValueError of a full disk.
+            reason = str(error).partition('\n')[0][:300]
+            raise UserError(
+                f'could not save checkpoint {self._saving} in {self.directory} ({reason}); '
+                'the ones before it are untouched'
+            ) from error
 
     def _write_checksums(self) -> None:
         """Called by Orbax in its thread, when all is written and not yet under its final name."""

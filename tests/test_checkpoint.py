@@ -410,9 +410,8 @@ def test_a_save_that_cannot_write_is_reported(tmp_path):
         checkpoints.wait()
         directory.rename(tmp_path / 'away')
         directory.write_text('no folder')
-        checkpoints.save(2, small(2), {})
         with pytest.raises(UserError, match='could not save checkpoint 2 in'):
-            checkpoints.wait()
+            checkpoints.save(2, small(2), {})
         directory.unlink()
         (tmp_path / 'away').rename(directory)
         assert checkpoints.save(2, small(2), {})
@@ -439,6 +438,39 @@ def test_in_a_notebook_where_an_event_loop_runs(tmp_path, caplog):
         assert_same(asyncio.run(save_and_restore()).state, small(1))
     # Nothing to say in an ordinary run, neither by us nor by Orbax.
     assert caplog.messages == []
+
+
+SAVE_ON_A_FULL_DISK = """
+import resource, sys
+import numpy as np
+from one_jax.checkpoint import Checkpoints
+from one_jax.errors import UserError
+
+noise = {'w': np.random.default_rng(0).normal(size=100_000)}
+with Checkpoints(sys.argv[1]) as checkpoints:
+    checkpoints.save(1, noise, {})
+    checkpoints.wait()
+    # A file that may not grow fails as on a full disk, in the thread that writes.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    try:
+        checkpoints.save(2, noise, {})
+        checkpoints.wait()
+    except UserError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    checkpoints.save(3, noise, {})
+"""
+
+
+def test_a_full_disk_leaves_the_checkpoints_before(tmp_path):
+    directory = tmp_path / 'checkpoints'
+    command = [sys.executable, '-c', SAVE_ON_A_FULL_DISK, str(directory)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert f'could not save checkpoint 2 in {directory} ' in output
+    assert output.count('\n') == 1
+    checkpoints = Checkpoints(directory, read_only=True)
+    assert checkpoints.steps() == [1, 3]
+    np.testing.assert_array_equal(checkpoints.read(1).state['w'], checkpoints.read(3).state['w'])
 
 
 SAVE_UNTIL_KILLED = """

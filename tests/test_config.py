@@ -1,0 +1,161 @@
+"""Configuration: options, validation, and every file in configs/."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from one_jax import config as config_lib
+from one_jax import methods, models
+from one_jax.data import datasets
+from one_jax.errors import ConfigError, UserError
+from one_jax.models import cost
+
+CONFIGS = sorted((Path(__file__).parent.parent / 'configs').glob('*.py'))
+
+
+def get_config(path, options=''):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(options), module.__doc__
+
+
+def valid(**fields):
+    config = config_lib.default_config()
+    config.update_from_flattened_dict({'data.generated_examples': 64, **fields})
+    return config
+
+
+def test_every_field_of_the_default_has_a_comment():
+    source = Path(config_lib.__file__).read_text().splitlines()
+    for number, line in enumerate(source):
+        words = line.split()
+        if len(words) > 2 and words[1] == '=' and words[0].count('.') == 1 and line[4] != ' ':
+            previous = source[number - 1]
+            assert 'ConfigDict()' in line or previous.strip().startswith('# '), line
+
+
+def test_the_default_is_valid_and_its_derived_values_follow_overrides():
+    config = valid()
+    spec = config_lib.validate(config)
+    assert (spec.name, spec.num_classes, spec.image_shape) == ('cifar100', 100, (32, 32, 3))
+    assert config_lib.resolve(config).method.temperature == 3.0
+    config.method.temperature = 4.0
+    resolved = config_lib.resolve(config)
+    assert resolved.method.temperature == 4.0
+    assert resolved.method.distill_weight == 1.0
+    # What JSON gives back is the same config.
+    assert config_lib.differences(json.loads(resolved.to_json()), resolved.to_dict()) == []
+
+
+BAD = {
+    'seed': [-1, 2**32],
+    'model.name': ['resnet', ''],
+    'model.num_branches': [0, 1, -3],
+    'model.share_stages': [-1, 3],
+    'model.dtype': ['float16'],
+    'model.branch_conv': ['sparse'],
+    'method.name': ['on'],
+    'method.temperature': [0.0, -1.0, float('nan'), float('inf')],
+    'method.distill_weight': [-0.1, float('nan')],
+    'method.rampup_fraction': [-0.1, 1.1],
+    'data.name': ['cifar', '../cifar10'],
+    'data.batch_size': [0, 6],
+    'data.eval_batch_size': [0, 6],
+    'data.augment': ['flip'],
+    'data.padding': [-2, 32],
+    'data.validation_fraction': [-0.1, 1.0],
+    'data.examples_per_class': [-1],
+    'data.generated_examples': [-1],
+    'optimizer.learning_rate': [-0.1, float('inf')],
+    'optimizer.momentum': [1.0, -0.1],
+    'optimizer.weight_decay': [-1e-4],
+    'optimizer.schedule': ['linear'],
+    'optimizer.milestones': [(0.5, 1.0), (0.0,)],
+    'optimizer.warmup_epochs': [-1.0],
+    'train.epochs': [0],
+    'train.steps': [-1],
+    'train.log_every': [0],
+    'train.eval_every_epochs': [0],
+    'train.checkpoint_every_epochs': [0],
+    'train.keep_checkpoints': [0],
+    'train.steps_per_call': [0],
+}
+
+
+@pytest.mark.parametrize(('field', 'value'), [(f, v) for f, values in BAD.items() for v in values])
+def test_a_value_that_is_not_allowed_is_named(field, value):
+    config = valid()
+    # An unknown data set cannot be generated, which would be the error then.
+    real = {'data.generated_examples': 0} if field == 'data.name' else {}
+    config.update_from_flattened_dict({**real, field: value})
+    with pytest.raises(ConfigError) as raised:
+        config_lib.validate(config, num_devices=4)
+    assert raised.value.field == field
+    assert str(raised.value).startswith(f'{field}={value!r} is not allowed: ')
+    assert '\n' not in str(raised.value)
+
+
+def test_plain_has_one_branch():
+    config_lib.validate(valid(**{'method.name': 'plain', 'model.num_branches': 1}))
+    with pytest.raises(ConfigError, match="model.num_branches=3 is not allowed: exactly 1"):
+        config_lib.validate(valid(**{'method.name': 'plain'}))
+
+
+def test_differences_pass_over_where_things_are():
+    config = config_lib.resolve(valid()).to_dict()
+    other = config_lib.resolve(
+        valid(**{'data.data_dir': '/elsewhere', 'optimizer.momentum': 0.8})
+    ).to_dict()
+    assert config_lib.differences(config, other) == [
+        'optimizer.momentum: 0.9 in the workdir, 0.8 now'
+    ]
+
+
+def test_options_are_applied_in_their_order_and_unknown_ones_refused():
+    config = config_lib.apply_options(
+        config_lib.default_config(), 'smoke,plain', smoke={'train.steps': 2}
+    )
+    assert config.method.name == 'plain'
+    assert config.model.num_branches == 1
+    assert config.train.steps == 2
+    assert config.data.generated_examples > 0
+    with pytest.raises(UserError, match="option 'smok' is not one of 'plain', 'smoke'"):
+        config_lib.apply_options(config_lib.default_config(), 'smok')
+
+
+# Parameters of the training graph, and of what is deployed.
+PARAMETERS = {
+    'cifar100_resnet110': (4_363_653, 1_727_284),
+    'cifar100_resnet32': (1_193_189, 472_756),
+    'cifar10_resnet32': (1_175_639, 466_906),
+    'mnist5k_resnet8': (194_903, 78_042),
+}
+
+
+def parameters(config):
+    spec = datasets.DATASETS[config.data.name]
+    network = models.make_network(
+        config.model, spec.num_classes, methods.create(config).make_aggregator
+    )
+    return cost.forward_cost(network, spec.image_shape)[0]
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_every_config(path):
+    config, header = get_config(path)
+    for part in ('Source:', 'Recipe:', 'Expect:', f'--config=configs/{path.name}', 'Variants:'):
+        assert part in header
+    training, deployed = PARAMETERS[path.stem]
+    assert parameters(config) == training
+    assert f'{deployed:,} parameters deployed' in header or path.stem == 'mnist5k_resnet8'
+    assert parameters(get_config(path, 'plain')[0]) == deployed
+
+    for options in ('smoke', 'smoke,plain', 'plain,smoke'):
+        smoke, _ = get_config(path, options)
+        spec = config_lib.validate(smoke)
+        assert spec.image_shape == datasets.DATASETS[config.data.name].image_shape
+        assert smoke.train.steps <= 4
+        assert parameters(smoke) < 400_000
