@@ -100,7 +100,7 @@ def test_a_value_that_is_not_allowed_is_named(field, value):
 
 def test_plain_has_one_branch():
     config_lib.validate(valid(**{'method.name': 'plain', 'model.num_branches': 1}))
-    with pytest.raises(ConfigError, match='model.num_branches=3 is not allowed: exactly 1'):
+    with pytest.raises(ConfigError, match='num_branches=3 is not allowed: exactly 1'):
         config_lib.validate(valid(**{'method.name': 'plain'}))
 
 
