@@ -274,9 +274,7 @@ class Checkpoints:
                     self._verify(step)
                 except _DamagedError as error:
                     self._set_aside(step, error)
-            best = ocp.checkpoint_managers.BestN(
-                get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False
-            )
+            best = ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=1)
             latest = ocp.checkpoint_managers.LatestN(self._keep_latest)
             options = ocp.CheckpointManagerOptions(
                 # The policy decides; but without best_fn the metrics are neither saved nor read.

@@ -108,7 +108,7 @@ def default_config() -> config_dict.ConfigDict:
     train.keep_checkpoints = 2
     # Train steps per call of the compiled function; more than 1 is for accelerators.
     train.steps_per_call = 1
-    # Where compiled programs are kept for the next run; empty keeps none.
+    # Where compiled programs are kept for the next run; empty leaves JAX's own setting, none.
     train.compilation_cache_dir = '~/.cache/one_jax'
     return config.lock()
 

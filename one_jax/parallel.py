@@ -15,8 +15,9 @@ BATCH, STEPS_AND_BATCH = P(DATA_AXIS), P(None, DATA_AXIS)
 
 
 def use_compilation_cache(directory: str) -> None:
-    """Keeps compiled programs in `directory` for later runs; '' keeps none."""
-    jax.config.update('jax_compilation_cache_dir', os.path.expanduser(directory) or None)
+    """Keeps compiled programs in `directory` for later runs; '' leaves JAX's own setting."""
+    if directory:
+        jax.config.update('jax_compilation_cache_dir', os.path.expanduser(directory))
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:

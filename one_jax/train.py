@@ -207,7 +207,9 @@ def _train(
     """Trains from `state` to the last step; `progress` is brought up to date on the way."""
     settings, steps_per_epoch = recipe.config.train, recipe.steps_per_epoch
     train_step = make_train_step(recipe, mesh)
-    window = [jax.tree.map(np.asarray, entry) for entry in progress['window']]
+    window = [
+        {name: np.asarray(values) for name, values in entry.items()} for entry in progress['window']
+    ]
     step = int(state.step)
     started = time.monotonic() - progress['seconds']
 

@@ -25,6 +25,23 @@ def branched(name, num_classes=10, num_branches=3, share_stages=2, **kwargs):
     )
 
 
+def init(network, images):
+    """Compiled, which is faster than hundreds of single operations."""
+    return jax.jit(lambda x: network.init(jax.random.key(0), x, train=False))(images)
+
+
+def predict(network, variables, images):
+    return jax.jit(lambda v, x: network.apply(v, x, train=False))(variables, images)
+
+
+def train(network, variables, images):
+    """Outputs and the variables with updated statistics."""
+    outputs, updated = jax.jit(
+        lambda v, x: network.apply(v, x, train=True, mutable=['batch_stats'])
+    )(variables, images)
+    return outputs, {**variables, **updated}
+
+
 # Exact arithmetic of the specification: classes, plain, trunk, three branches with their gate.
 PARAMETERS = [
     ('resnet32', 10, 466_906, 112_592, 1_175_639),
@@ -82,17 +99,15 @@ def test_a_branch_is_the_plain_network(name, share_stages):
     """The export's promise: trunk + head i, as variables of the plain network, is branch i."""
     network = branched(name, share_stages=share_stages)
     images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
-    variables = jax.jit(network.init, static_argnums=2)(jax.random.key(0), images, False)
     # Running statistics away from their start, so that they count too.
-    _, updated = network.apply(variables, images, train=True, mutable=['batch_stats'])
-    variables = {**variables, **updated}
-    outputs = network.apply(variables, images, train=False)
+    _, variables = train(network, init(network, images), images)
+    outputs = predict(network, variables, images)
     plain = models.make_backbone(name, 10)()
     template = jax.eval_shape(lambda: plain.init(jax.random.key(0), images, train=False))
     for branch in range(3):
         student = multibranch.student_variables(variables, branch)
         chex.assert_trees_all_equal_shapes_and_dtypes(student, template)
-        alone = plain.apply(student, images, train=False)
+        alone = predict(plain, student, images)
         chex.assert_trees_all_close(alone.logits, outputs.logits[branch], rtol=1e-5, atol=1e-5)
         chex.assert_trees_all_close(alone.features, outputs.features[branch], rtol=1e-5, atol=1e-5)
     # Heads start apart, or there is nothing to learn from each other.
@@ -104,7 +119,7 @@ def test_dense_and_grouped_branches_have_equal_outputs_and_gradients():
     results = []
     for form in ('dense', 'grouped'):
         network = branched('resnet8', branch_conv=form)
-        variables = network.init(jax.random.key(0), images, train=False)
+        variables = init(network, images)
 
         def loss(params, network=network, variables=variables):
             outputs, _ = network.apply(
@@ -112,7 +127,7 @@ def test_dense_and_grouped_branches_have_equal_outputs_and_gradients():
             )
             return (outputs.teacher_logits**2).mean() + (outputs.logits**3).mean()
 
-        results.append(jax.value_and_grad(loss)(variables['params']))
+        results.append(jax.jit(jax.value_and_grad(loss))(variables['params']))
     chex.assert_trees_all_close(*results, rtol=1e-3, atol=1e-5)
 
 
@@ -120,13 +135,13 @@ def test_one_branch_without_aggregator_is_the_plain_network():
     make_backbone = models.make_backbone('resnet8', 10)
     network = multibranch.MultiBranch(make_backbone, num_branches=1, share_stages=2)
     images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
-    variables = network.init(jax.random.key(0), images, train=False)
+    variables = init(network, images)
     assert set(variables['params']) == {'trunk', 'head'}
-    outputs = network.apply(variables, images, train=False)
+    outputs = predict(network, variables, images)
     assert outputs.teacher_logits is None
     assert outputs.weights is None
     plain = make_backbone()
-    alone = plain.apply(multibranch.student_variables(variables, 0), images, train=False)
+    alone = predict(plain, multibranch.student_variables(variables, 0), images)
     np.testing.assert_allclose(outputs.logits[0], alone.logits, rtol=1e-6)
 
 
@@ -171,13 +186,12 @@ def test_gate_normalises_scores_over_the_batch_in_training():
 def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
     network = branched('resnet8', dtype=jnp.bfloat16)
     images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
-    variables = network.init(jax.random.key(0), images, train=False)
-    outputs, updated = network.apply(variables, images, train=True, mutable=['batch_stats'])
-    for leaf in jax.tree.leaves((variables, updated, outputs.logits, outputs.teacher_logits)):
+    outputs, variables = train(network, init(network, images), images)
+    for leaf in jax.tree.leaves((variables, outputs.logits, outputs.teacher_logits)):
         assert leaf.dtype == jnp.float32
     assert outputs.maps.dtype == jnp.bfloat16
-    exact = branched('resnet8').apply(variables, images, train=False)
-    rough = network.apply(variables, images, train=False)
+    exact = predict(branched('resnet8'), variables, images)
+    rough = predict(network, variables, images)
     np.testing.assert_allclose(rough.logits, exact.logits, atol=0.1)
 
 
