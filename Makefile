@@ -12,7 +12,7 @@ INSTALL := install --quiet --disable-pip-version-check --constraint constraints.
 SETTINGS := pyproject.toml setup.cfg constraints.txt
 DEMO := runs/demo
 
-.PHONY: demo test test-latest lint venv constraints
+.PHONY: demo demo-seeds test test-latest lint venv constraints
 
 venv: $(VENV)/.installed
 
@@ -22,8 +22,8 @@ $(VENV)/.installed: $(SETTINGS)
 	touch $@
 
 demo: venv
-	$(BIN)/python -m one_jax.main --config=configs/mnist5k_resnet8.py:plain --workdir=$(DEMO)/plain
-	$(BIN)/python -m one_jax.main --config=configs/mnist5k_resnet8.py --workdir=$(DEMO)/one
+	$(BIN)/python -m one_jax.main --config=configs/mnist5k_resnet8.py:few,plain --workdir=$(DEMO)/plain
+	$(BIN)/python -m one_jax.main --config=configs/mnist5k_resnet8.py:few --workdir=$(DEMO)/one
 	@test -d $(DEMO)/student || $(BIN)/python -m one_jax.export --workdir=$(DEMO)/one --output=$(DEMO)/student
 	$(BIN)/python -m one_jax.report $(DEMO)/plain $(DEMO)/one --output=$(DEMO)
 
@@ -52,3 +52,12 @@ lint: venv
 constraints:
 	$(BIN)/python .ci/constraints.py $(BIN)/python $(LATEST)/bin/python > constraints.new
 	mv constraints.new constraints.txt
+
+# The demo over several seeds: the table of the README.
+SEEDS ?= 0 1 2 3 4
+demo-seeds: venv
+	@for seed in $(SEEDS); do for method in ,plain ''; do \
+		$(BIN)/python -m one_jax.main --config=configs/mnist5k_resnet8.py:few$$method --config.seed=$$seed \
+			--workdir=runs/demo_seeds/$$([ -n "$$method" ] && echo plain || echo one)-$$seed || exit; \
+	done; done
+	$(BIN)/python -m one_jax.report runs/demo_seeds/*-* --output=runs/demo_seeds

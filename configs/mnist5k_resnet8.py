@@ -4,9 +4,10 @@ Source: a small recipe of this project's, on the digits that come inside the pac
     download.
 Recipe: 12 epochs of SGD, Nesterov momentum 0.9, batch 100, rate 0.1 to 0 by a cosine, weight decay
     5e-4; pad 2 and crop, no flip; three branches above two shared stages; T = 3.
-Expect: README.md has the table of `make demo` and the machine it ran on.
+Expect: README.md has the table of `make demo`, the machine and the seeds.
 Run: python -m one_jax.main --config=configs/mnist5k_resnet8.py --workdir=runs/mnist5k_resnet8
-Variants: `:plain` the network alone; `:smoke` four steps on generated images.
+Variants: `:few` 50 training images of each class, 300 steps (`make demo`); `:plain` the network
+    alone; `:smoke` four steps on generated images.
 """
 
 from one_jax import config as config_lib
@@ -22,4 +23,10 @@ def get_config(options: str = ''):
     config.optimizer.schedule = 'cosine'
     config.train.epochs = 12
     config.train.log_every = 20
-    return config_lib.apply_options(config, options)
+    few = {
+        'data.examples_per_class': 50,
+        'train.epochs': 60,
+        'train.eval_every_epochs': 4,
+        'train.checkpoint_every_epochs': 4,
+    }
+    return config_lib.apply_options(config, options, few=few)

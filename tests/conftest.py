@@ -5,10 +5,14 @@ import shutil
 import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-    os.environ['XLA_FLAGS'] = (
-        os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
-    )
+# Four devices; and programs compiled in half the time, for most of a test is compilation.
+for flag, value in {
+    'xla_force_host_platform_device_count': '4',
+    'xla_backend_optimization_level': '0',
+    'xla_llvm_disable_expensive_passes': 'true',
+}.items():
+    if flag not in os.environ.get('XLA_FLAGS', ''):
+        os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --{flag}={value}'
 # Tests compile the same programs again and again: all worker processes share what is compiled.
 OWN_CACHE = 'JAX_COMPILATION_CACHE_DIR' not in os.environ
 if OWN_CACHE:
