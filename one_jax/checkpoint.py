@@ -27,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from one_jax.errors import ConfigError, UserError
+from one_jax.named_arrays import form, in_words, named_leaves, nest, place
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class Checkpoints:
             return False
         arrays = {
             name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-            for name, leaf in _named_leaves(state).items()
+            for name, leaf in named_leaves(state).items()
         }
         for name, array in arrays.items():
             if array.size == 0 or jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
@@ -139,10 +140,10 @@ class Checkpoints:
         record = {
             'progress': progress,
             'metrics': metrics,
-            'arrays': {name: _form(array) for name, array in arrays.items()},
+            'arrays': {name: form(array) for name, array in arrays.items()},
         }
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(_nest(arrays)),
+            state=ocp.args.PyTreeSave(nest(arrays)),
             # Through JSON and back, because the background thread writes it when the caller may
             # already have changed it.
             record=ocp.args.JsonSave(json.loads(json.dumps(record))),
@@ -341,20 +342,20 @@ class Checkpoints:
         as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in record['arrays']}
         nested = ocp.PyTreeCheckpointHandler().restore(
             self.directory / str(step) / 'state',
-            args=ocp.args.PyTreeRestore(restore_args=_nest(as_numpy)),
+            args=ocp.args.PyTreeRestore(restore_args=nest(as_numpy)),
         )
         if template is None:
             return Restored(nested, record['progress'], step)
-        arrays = _named_leaves(nested)
-        placed = [_place(arrays[name], like) for name, like in _named_leaves(template).items()]
+        arrays = named_leaves(nested)
+        placed = [place(arrays[name], like) for name, like in named_leaves(template).items()]
         state = jax.tree.unflatten(jax.tree.structure(template), placed)
         return Restored(state, record['progress'], step)
 
     def _require_same_form(self, step: int, found: Mapping[str, Any], template: PyTree) -> None:
         """Raises a UserError that names the first arrays that differ from the template's."""
-        wanted = {name: _form(leaf) for name, leaf in _named_leaves(template).items()}
+        wanted = {name: form(leaf) for name, leaf in named_leaves(template).items()}
         differing = [
-            f'{name} is {_in_words(found.get(name))} there and {_in_words(wanted.get(name))} here'
+            f'{name} is {in_words(found.get(name))} there and {in_words(wanted.get(name))} here'
             for name in [*wanted, *(name for name in found if name not in wanted)]
             if wanted.get(name) != found.get(name)
         ]
@@ -398,48 +399,3 @@ def _checksums(path: Path) -> str:
                 digest = hashlib.file_digest(content, 'sha256').hexdigest()
             lines.append(f'{digest}  {file.relative_to(path).as_posix()}\n')
     return ''.join(lines)
-
-
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves by their path, such as `opt_state/0/trace/Dense_0/kernel`, in the tree's order."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
-    if len(named) != len(leaves):
-        raise ValueError('two leaves of the state have the same path')
-    return named
-
-
-def _nest(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts of leaves named by path; `_named_leaves` of them gives the names back."""
-    tree: dict[str, Any] = {}
-    for name, leaf in named.items():
-        *parents, last = name.split('/')
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
-
-
-def _form(leaf: Any) -> list[Any]:
-    """[shape, dtype] in the form in which JSON gives them back."""
-    if not hasattr(leaf, 'dtype'):
-        leaf = np.asarray(leaf)
-    return [list(leaf.shape), str(leaf.dtype)]
-
-
-def _in_words(form: list[Any] | None) -> str:
-    return 'absent' if form is None else f'{form[1]}{form[0]}'
-
-
-def _place(values: np.ndarray, like: Any) -> jax.Array | np.ndarray:
-    """Puts values where `like` is: on its devices, on none in particular, or on the host."""
-    if isinstance(like, jax.Array) and not like.committed:
-        # Committed to one device, it could not enter a step over several.
-        return jax.device_put(values)
-    sharding = getattr(like, 'sharding', None)
-    if sharding is None:
-        return values
-    return jax.make_array_from_callback(
-        values.shape, sharding, lambda index: np.asarray(values[index])
-    )
