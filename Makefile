@@ -26,6 +26,7 @@ demo: venv
 	$(BIN)/python -m one_jax.main --config=configs/mnist5k_resnet8.py:few --workdir=$(DEMO)/one
 	@test -d $(DEMO)/student || $(BIN)/python -m one_jax.export --workdir=$(DEMO)/one --output=$(DEMO)/student
 	$(BIN)/python -m one_jax.report $(DEMO)/plain $(DEMO)/one --output=$(DEMO)
+	@echo 'Curves: $(DEMO)/curves.png, $(DEMO)/one/curves.png. Student: $(DEMO)/student'
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist=worksteal

@@ -246,8 +246,10 @@ def _train(
             epoch = step / steps_per_epoch
             if step == record_at:
                 means, window = _mean(window), []
-                rate = bar.log(step, epoch, means['loss'])
-                records.write(step, epoch, 'train', means, timing={'images_per_second': rate})
+                timing = {}
+                if step % settings.log_every == 0 or step == recipe.total_steps:
+                    timing['images_per_second'] = bar.log(step, epoch, means['loss'])
+                records.write(step, epoch, 'train', means, timing)
             with bar.paused():
                 if due(settings.eval_every_epochs):
                     for split in evaluator.splits(final=step == recipe.total_steps):
