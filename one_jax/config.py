@@ -65,6 +65,10 @@ def default_config() -> config_dict.ConfigDict:
     data.augment = 'default'
     # Pixels of zero padding before the crop; -1 takes the data set's own.
     data.padding = -1
+    # Mixup's alpha (Beta distribution of the ratio); 0 for no mixup.
+    data.mixup_alpha = 0.0
+    # CutMix's alpha; 0 for no CutMix. With both, one of the two is tossed up for each batch.
+    data.cutmix_alpha = 0.0
     # Share of the training images held out as the split 'validation', in every class alike.
     data.validation_fraction = 0.0
     # Train on this many images of each class (nested subsets); 0 takes all.
@@ -98,6 +102,10 @@ def default_config() -> config_dict.ConfigDict:
     train.epochs = 300
     # Steps of training in place of epochs; 0 goes by the epochs.
     train.steps = 0
+    # Probability mass spread evenly over all classes in the label of the cross-entropy.
+    train.label_smoothing = 0.0
+    # Decay of the moving averages of the weights, which are then evaluated and exported; 0: none.
+    train.ema_decay = 0.0
     # Steps between two training records (there is one at every epoch's end too).
     train.log_every = 50
     # Epochs between two evaluations (there is one at the end too).
@@ -210,6 +218,8 @@ _AT_LEAST = {
     'data.examples_per_class': 0,
     'data.subset_seed': 0,
     'data.generated_examples': 0,
+    'data.mixup_alpha': 0,
+    'data.cutmix_alpha': 0,
     'optimizer.learning_rate': 0,
     'optimizer.weight_decay': 0,
     'optimizer.decay_factor': 0,
@@ -231,7 +241,8 @@ def _validate_numbers(config: config_dict.ConfigDict) -> None:
             raise ConfigError(field, value, f'at least {minimum}')
     if config.seed >= 2**32:
         raise ConfigError('seed', config.seed, 'below 2**32')
-    for field in ('optimizer.momentum', 'data.validation_fraction'):
+    shares = ('optimizer.momentum', 'data.validation_fraction')
+    for field in (*shares, 'train.label_smoothing', 'train.ema_decay'):
         if not 0 <= get_field(config, field) < 1:
             raise ConfigError(field, get_field(config, field), 'at least 0 and below 1')
 
@@ -260,7 +271,7 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     """A nested dictionary as dotted names and values; tuples become lists, as in JSON."""
     flat = {}
     for name, value in config.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping | config_dict.ConfigDict):
             flat |= flatten(value, f'{prefix}{name}.')
         else:
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
@@ -268,8 +279,11 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def differences(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """The fields in which two configs differ, one line each; `MACHINE_FIELDS` may differ."""
-    old, new = flatten(stored), flatten(config)
+    """The fields in which two configs differ, one line each; `MACHINE_FIELDS` may differ.
+
+    A field that came after the stored config was written counts as having its default there.
+    """
+    old, new = flatten(default_config()) | flatten(stored), flatten(config)
     absent = '(absent)'
     return [
         f'{field}: {old.get(field, absent)!r} in the workdir, {new.get(field, absent)!r} now'

@@ -22,6 +22,7 @@ from one_jax import student as student_lib
 from one_jax.data import augment, datasets, resident
 from one_jax.errors import UserError
 from one_jax.models.multibranch import Outputs
+from one_jax.state import evaluated_variables
 
 MEASURES = ('top1', 'top5', 'nll', 'ece')
 
@@ -170,9 +171,8 @@ def evaluate_workdir(directory: Path) -> dict[str, Any]:
     network = models.make_network(config.model, dataset.spec.num_classes, method.make_aggregator)
     with checkpoint.Checkpoints(directory / workdir.CHECKPOINTS, read_only=True) as checkpoints:
         state, _, step = checkpoints.read()
-    variables = {name: state[name] for name in ('params', 'batch_stats')}
     evaluator = Evaluator(config, method, network, dataset, mesh)
-    record = evaluator(parallel.replicate(variables, mesh), 'test')
+    record = evaluator(parallel.replicate(evaluated_variables(state), mesh), 'test')
     return {'step': step, 'split': 'test', **record}
 
 

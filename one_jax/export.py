@@ -24,6 +24,7 @@ from one_jax import student as student_lib
 from one_jax.errors import ConfigError, UserError
 from one_jax.models import cost
 from one_jax.models.multibranch import student_variables
+from one_jax.state import evaluated_variables
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
@@ -50,7 +51,6 @@ def export_student(directory: Path, output: Path, branch: int | None = None) -> 
         raise UserError(f'output={str(output)!r} exists: nothing is overwritten, give a new folder')
     with checkpoint.Checkpoints(directory / workdir.CHECKPOINTS, read_only=True) as checkpoints:
         state, progress, step = checkpoints.read()
-    variables = {name: state[name] for name in ('params', 'batch_stats')}
     data = progress['data']
     network = models.make_backbone(config.model.name, data['num_classes'])()
     parameters, flops = cost.forward_cost(network, tuple(data['image_shape']))
@@ -72,7 +72,7 @@ def export_student(directory: Path, output: Path, branch: int | None = None) -> 
         'flops': flops,
         'versions': workdir.versions(),
     }
-    variables = jax.tree.map(jnp.asarray, student_variables(variables, branch))
+    variables = jax.tree.map(jnp.asarray, student_variables(evaluated_variables(state), branch))
     variables = jax.tree.map(lambda x: x.astype(jnp.float32), variables)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f'.{output.name}.'))

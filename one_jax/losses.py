@@ -22,12 +22,17 @@ def cross_entropy(logits: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) ->
 
     Args:
       logits: [..., B, C].
-      labels: [B], integers in [0, C), shared by the leading dimensions.
+      labels: [B], integers in [0, C), or [B, C], target probabilities (smoothed or mixed labels);
+        shared by the leading dimensions.
 
     Returns:
-      -log softmax(logits)[label] in nats, [..., B].
+      -log softmax(logits)[label] in nats, or its mean over the target's distribution, [..., B].
     """
     logits, labels = _at_least_float32(logits), jnp.asarray(labels)
+    if labels.ndim == 2:
+        chex.assert_equal_shape_suffix([logits, labels], 2)
+        targets = jnp.broadcast_to(labels.astype(logits.dtype), logits.shape)
+        return optax.softmax_cross_entropy(logits, targets)
     chex.assert_rank(labels, 1)
     chex.assert_axis_dimension(logits, -2, labels.shape[0])
     labels = jnp.broadcast_to(labels, logits.shape[:-1])
@@ -120,7 +125,7 @@ def one_loss(
     Args:
       branch_logits: [K, B, C].
       teacher_logits: [B, C].
-      labels: [B], integers.
+      labels: [B], integers, or [B, C], target probabilities.
       temperature: T, a scalar above 0.
       distill_weight: a scalar, which may be traced (weight times ramp).
       mask: [B], 0 for padding, or None.

@@ -1,5 +1,6 @@
 """What a training run carries from step to step."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ class TrainState:
       batch_stats: running statistics of batch normalisation, the same way.
       opt_state: the optimiser's.
       rng: raw PRNG key, uint32 [2]; every step folds its number into it, so it never changes.
+      averages: exponential moving averages of parameters and statistics, or None.
     """
 
     step: jax.Array
@@ -26,11 +28,39 @@ class TrainState:
     batch_stats: Any
     opt_state: optax.OptState
     rng: jax.Array
+    averages: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
         """What `network.apply` takes."""
         return {'params': self.params, 'batch_stats': self.batch_stats}
+
+    @property
+    def evaluated_variables(self) -> dict[str, Any]:
+        """What is evaluated and exported: the averages, where they are kept."""
+        return self.variables if self.averages is None else self.averages
+
+    def with_averages(self, decay: float) -> 'TrainState':
+        """This state with its averages moved on, if there are any.
+
+        The decay starts low, min(decay, (1 + step) / (10 + step)), so that the averages soon forget
+        the initial values.
+
+        Args:
+          decay: in [0, 1).
+        """
+        if self.averages is None:
+            return self
+        decay = jnp.minimum(decay, (1 + self.step) / (10 + self.step))
+        averages = optax.incremental_update(self.variables, self.averages, 1 - decay)
+        return self.replace(averages=averages)
+
+
+def evaluated_variables(state: Mapping[str, Any]) -> dict[str, Any]:
+    """`TrainState.evaluated_variables` of a state that was read as nested dictionaries."""
+    if 'averages' in state:
+        return state['averages']
+    return {name: state[name] for name in ('params', 'batch_stats')}
 
 
 def init_state(
@@ -38,6 +68,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
     seed: int,
+    with_averages: bool = False,
 ) -> TrainState:
     """A fresh state, the same for the same seed on any number of devices.
 
@@ -46,14 +77,18 @@ def init_state(
       optimizer: initialised on the parameters.
       image_shape: (H, W, 3).
       seed: below 2**32.
+      with_averages: whether to keep exponential moving averages.
     """
     init_key, rng = jax.random.split(jax.random.PRNGKey(seed))
     variables = network.init(init_key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
-    params = variables['params']
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=variables.get('batch_stats', {}),
-        opt_state=optimizer.init(params),
+        params=variables['params'],
+        batch_stats=variables['batch_stats'],
+        opt_state=optimizer.init(variables['params']),
         rng=rng,
+    )
+    # A copy, because the step gives both sets of buffers away.
+    return (
+        state.replace(averages=jax.tree.map(jnp.copy, state.variables)) if with_averages else state
     )

@@ -26,7 +26,8 @@ from one_jax import (
 )
 from one_jax import config as config_lib
 from one_jax.analysis import curves
-from one_jax.data import augment, datasets, resident
+from one_jax.data import datasets, resident
+from one_jax.inputs import training_inputs
 from one_jax.interrupt import Interrupted, StopRequest
 from one_jax.models import cost
 from one_jax.progress import Progress
@@ -50,36 +51,38 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: dict[str, jax.Array]):
-        images = _augment(recipe, mesh, jax.random.fold_in(state.rng, state.step), batch['image'])
-        labels, mask = batch['label'], batch['mask']
+        key = jax.random.fold_in(state.rng, state.step)
+        inputs = training_inputs(recipe, mesh, key, batch['image'], batch['label'])
+        mask = batch['mask']
         progress = (state.step // recipe.steps_per_epoch) / recipe.total_epochs
 
         def loss_function(params):
             outputs, updated = recipe.network.apply(
                 {'params': params, 'batch_stats': parallel.varying(state.batch_stats)},
-                images,
+                inputs.images,
                 train=True,
                 mutable=['batch_stats'],
             )
-            loss, terms = recipe.method.loss(outputs, labels, mask, progress)
+            loss, terms = recipe.method.loss(outputs, inputs.targets, mask, progress)
             return loss, (outputs, terms, updated['batch_stats'])
 
         (loss, (outputs, terms, batch_stats)), gradients = jax.value_and_grad(
             loss_function, has_aux=True
         )(parallel.varying(state.params))
-        scalars = {'loss': loss, **terms, **_accuracies(outputs, labels, mask)}
+        scalars = {'loss': loss, **terms, **_accuracies(outputs, inputs.labels, mask)}
         gradients, batch_stats, scalars = lax.pmean(
             (gradients, batch_stats, scalars), parallel.DATA_AXIS
         )
         updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
         scalars['gradient_norm'] = optax.tree.norm(gradients)
         scalars['learning_rate'] = jnp.asarray(recipe.schedule(state.step))
-        return state.replace(
+        state = state.replace(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,
             opt_state=opt_state,
-        ), scalars
+        )
+        return state.with_averages(recipe.config.train.ema_decay), scalars
 
     def steps(state: TrainState, batches: dict[str, jax.Array]):
         # A scan over convolutions loses XLA's threads on CPU (twelve times slower): one step is
@@ -90,24 +93,6 @@ def make_train_step(
         return state, jax.tree.map(lambda x: x[None], scalars)
 
     return parallel.data_parallel(steps, mesh, parallel.STEPS_AND_BATCH, donate_state=True)
-
-
-def _augment(recipe: Recipe, mesh: Mesh, key: jax.Array, images: jax.Array) -> jax.Array:
-    """Crops, flips and normalises this device's images, [b, H, W, 3].
-
-    The random numbers are drawn for the global batch and sliced, so that an image is treated alike
-    on any number of devices.
-    """
-    spec = recipe.spec
-    if spec.augment != 'none':
-        local = images.shape[0]
-        offsets, flips = augment.draw_crops(
-            key, local * mesh.size, spec.padding, flip=spec.augment == 'pad_crop_flip'
-        )
-        first = lax.axis_index(parallel.DATA_AXIS) * local
-        offsets, flips = (lax.dynamic_slice_in_dim(x, first, local) for x in (offsets, flips))
-        images = augment.crop_and_flip(images, offsets, flips, spec.padding)
-    return augment.normalise(images, spec.mean, spec.std, recipe.config.model.dtype)
 
 
 def _accuracies(outputs: Any, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -172,7 +157,12 @@ def _start_or_resume(
     a record, and the last of the `evaluations` of each split.
     """
     initialise = functools.partial(
-        init_state, recipe.network, recipe.optimizer, recipe.spec.image_shape, recipe.config.seed
+        init_state,
+        recipe.network,
+        recipe.optimizer,
+        recipe.spec.image_shape,
+        recipe.config.seed,
+        with_averages=recipe.config.train.ema_decay > 0,
     )
     replicated = NamedSharding(mesh, P())
     template = jax.tree.map(
@@ -253,7 +243,7 @@ def _train(
             with bar.paused():
                 if due(settings.eval_every_epochs):
                     for split in evaluator.splits(final=step == recipe.total_steps):
-                        record = evaluator(state.variables, split)
+                        record = evaluator(state.evaluated_variables, split)
                         records.write(step, epoch, split, record)
                         progress['evaluations'][split] = {'step': step, **record}
                         bar.message(evaluate.one_line(epoch, split, record))

@@ -69,6 +69,8 @@ BAD = {
     'data.validation_fraction': [-0.1, 1.0],
     'data.examples_per_class': [-1],
     'data.generated_examples': [-1],
+    'data.mixup_alpha': [-0.1],
+    'data.cutmix_alpha': [float('nan')],
     'optimizer.learning_rate': [-0.1, float('inf')],
     'optimizer.momentum': [1.0, -0.1],
     'optimizer.weight_decay': [-1e-4],
@@ -76,6 +78,8 @@ BAD = {
     'optimizer.milestones': [(0.5, 1.0), (0.0,)],
     'optimizer.warmup_epochs': [-1.0],
     'train.epochs': [0],
+    'train.label_smoothing': [1.0, -0.1],
+    'train.ema_decay': [1.0, -0.1],
     'train.steps': [-1],
     'train.log_every': [0],
     'train.eval_every_epochs': [0],
@@ -111,6 +115,16 @@ def test_differences_pass_over_where_things_are():
     ).to_dict()
     assert config_lib.differences(config, other) == [
         'optimizer.momentum: 0.9 in the workdir, 0.8 now'
+    ]
+
+
+def test_a_config_of_before_a_field_existed_has_its_default():
+    stored = config_lib.resolve(valid()).to_dict()
+    del stored['train']['ema_decay']
+    assert config_lib.differences(stored, config_lib.resolve(valid()).to_dict()) == []
+    config = config_lib.resolve(valid(**{'train.ema_decay': 0.9})).to_dict()
+    assert config_lib.differences(stored, config) == [
+        'train.ema_decay: 0.0 in the workdir, 0.9 now'
     ]
 
 

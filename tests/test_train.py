@@ -55,7 +55,8 @@ class Setting:
 
     def initial_state(self, seed=0):
         network, optimizer = self.recipe.network, self.recipe.optimizer
-        return jax.jit(lambda: init_state(network, optimizer, (8, 8, 3), seed))()
+        averages = self.recipe.config.train.ema_decay > 0
+        return jax.jit(lambda: init_state(network, optimizer, (8, 8, 3), seed, averages))()
 
     def run(self, num_devices, num_steps, steps_per_call=1):
         """The state after so many steps on so many devices, and the metrics of each step."""

@@ -1,0 +1,80 @@
+"""What the train step does to a batch, on the device, before the network sees it."""
+
+import jax
+from flax import struct
+from jax import lax
+from jax.sharding import Mesh
+
+from one_jax import parallel
+from one_jax.data import augment, mixing
+from one_jax.recipe import Recipe
+
+
+@struct.dataclass
+class Inputs:
+    """One device's share of a batch.
+
+    Attributes:
+      images: normalised, [b, H, W, 3].
+      labels: [b], integers.
+      targets: what the losses compare with: `labels` themselves, or probabilities [b, C] where
+        labels are smoothed or mixed.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    targets: jax.Array
+
+
+def training_inputs(
+    recipe: Recipe, mesh: Mesh, key: jax.Array, images: jax.Array, labels: jax.Array
+) -> Inputs:
+    """Crops, flips, normalises and mixes this device's share of a batch.
+
+    Random numbers are drawn for the global batch, and partners come from it: an image is treated
+    alike on any number of devices.
+
+    Args:
+      recipe: the data set's augmentation, and the fields `data.mixup_alpha`, `data.cutmix_alpha`
+        and `train.label_smoothing`.
+      mesh: devices that share the batch; this runs inside of its `shard_map`.
+      key: of this step, the same on every device.
+      images: uint8 [b, H, W, 3].
+      labels: [b].
+    """
+    spec, config = recipe.spec, recipe.config
+    if spec.augment != 'none':
+        offsets, flips = augment.draw_crops(
+            key,
+            images.shape[0] * mesh.size,
+            spec.padding,
+            flip=spec.augment == 'pad_crop_flip',
+        )
+        offsets, flips = _own_share(offsets, mesh), _own_share(flips, mesh)
+        images = augment.crop_and_flip(images, offsets, flips, spec.padding)
+    normalised = augment.normalise(images, spec.mean, spec.std, config.model.dtype)
+    smoothing = config.train.label_smoothing
+    alphas = config.data.mixup_alpha, config.data.cutmix_alpha
+    if not any(alphas) and not smoothing:
+        return Inputs(normalised, labels, labels)
+
+    targets = jax.nn.one_hot(labels, spec.num_classes)
+    if any(alphas):
+        partners = augment.normalise(
+            _partners(images, mesh), spec.mean, spec.std, config.model.dtype
+        )
+        normalised, ratio = mixing.mix(jax.random.fold_in(key, 1), normalised, partners, *alphas)
+        targets = ratio * targets + (1 - ratio) * _partners(targets, mesh)
+    targets = (1 - smoothing) * targets + smoothing / spec.num_classes
+    return Inputs(normalised, labels, targets)
+
+
+def _own_share(values: jax.Array, mesh: Mesh) -> jax.Array:
+    """This device's part of an array [B, ...] that is whole on every device."""
+    local = values.shape[0] // mesh.size
+    return lax.dynamic_slice_in_dim(values, lax.axis_index(parallel.DATA_AXIS) * local, local)
+
+
+def _partners(values: jax.Array, mesh: Mesh) -> jax.Array:
+    """For each example of this device, the one at the mirrored position of the global batch."""
+    return _own_share(lax.all_gather(values, parallel.DATA_AXIS, tiled=True)[::-1], mesh)
