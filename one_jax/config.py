@@ -57,6 +57,8 @@ def default_config() -> config_dict.ConfigDict:
     data.data_dir = ''
     # Root of a folder of images, for the data sets that are one.
     data.root = ''
+    # Side to which images of a folder or a stream are scaled and cropped; 0: as the data set has it.
+    data.image_size = 0
     # Images a step, over all devices.
     data.batch_size = 128
     # Images a batch of evaluation, over all devices; the last batch is padded and masked.
@@ -214,6 +216,7 @@ _AT_LEAST = {
     'model.num_branches': 1,
     'data.batch_size': 1,
     'data.eval_batch_size': 1,
+    'data.image_size': 0,
     'data.padding': -1,
     'data.examples_per_class': 0,
     'data.subset_seed': 0,

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,7 @@ def _train(
         {name: np.asarray(values) for name, values in entry.items()} for entry in progress['window']
     ]
     step = int(state.step)
+    stream = batches.iterate(step)
     started = time.monotonic() - progress['seconds']
 
     def due(every_epochs: int) -> bool:
@@ -225,7 +227,7 @@ def _train(
                 recipe.total_steps,
             )
             count = min(settings.steps_per_call, record_at - step)
-            batch = _stack([batches.batch(step + i) for i in range(count)])
+            batch = _stack(list(itertools.islice(stream, count)))
             batch = parallel.shard_batch(batch, mesh, parallel.STEPS_AND_BATCH)
             state, scalars = train_step(state, batch)
             window.append(scalars)

@@ -1,6 +1,7 @@
 """Data sets in memory: a batch is a pure function of (seed, step), so resuming costs nothing."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -83,6 +84,10 @@ class ResidentBatches:
           `image` uint8 [B, H, W, 3], `label` int32 [B] and `mask` float32 [B], all ones.
         """
         return _batch(self.examples.take(self.indices(step)), self.batch_size)
+
+    def iterate(self, first_step: int) -> Iterator[Batch]:
+        """The batches of `first_step` and all after it."""
+        return map(self.batch, itertools.count(first_step))
 
 
 def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
