@@ -57,7 +57,7 @@ def default_config() -> config_dict.ConfigDict:
     data.data_dir = ''
     # Root of a folder of images, for the data sets that are one.
     data.root = ''
-    # Side to which images of a folder or a stream are scaled and cropped; 0: as the data set has it.
+    # Side to which images of a folder or a stream are scaled and cropped; 0: the data set's own.
     data.image_size = 0
     # Images a step, over all devices.
     data.batch_size = 128
