@@ -7,14 +7,15 @@ Recipe: 300 epochs of SGD, Nesterov momentum 0.9, batch 128, rate 0.1 (x0.1 at 5
     distillation ramps up over 80 epochs. 472,756 parameters deployed (1,193,189 in training).
 Expect: re-runs by others report a plain top-1 of 69.8 to 71.1 % and 73.4 to 74.3 % for a branch of
     ONE. Not run here: there is no CIFAR-100 on our machine.
+Prepare: python -m one_jax.prepare cifar100
 Run: python -m one_jax.main --config=configs/cifar100_resnet32.py --workdir=runs/cifar100_resnet32
-Variants: `:plain` the network alone; `:smoke` four steps of ResNet-8 on generated images.
+Variants: `:plain` the network alone; `:smoke` a few steps of a small network of its family on
+    generated images.
 """
 
-from one_jax import config as config_lib
+from one_jax import recipes
 
 
 def get_config(options: str = ''):
     """The recipe with the comma-separated `options` applied."""
-    config = config_lib.default_config()
-    return config_lib.apply_options(config, options, smoke={'model.name': 'resnet8'})
+    return recipes.published('resnet32', 'cifar100', options)

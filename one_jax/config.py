@@ -51,12 +51,15 @@ def default_config() -> config_dict.ConfigDict:
     method.rampup_fraction = config_dict.placeholder(float)
 
     config.data = data = config_dict.ConfigDict()
-    # 'mnist5k', 'cifar10', 'cifar100', or any TFDS image classification set that fits in memory.
+    # One of one_jax/data/table.py ('cifar100', 'imagenet2012', 'image_folder', ...), or any image
+    # classification set prepared by TFDS.
     data.name = 'cifar100'
     # Where TFDS keeps its data; empty: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
     data.data_dir = ''
-    # Root of a folder of images, for the data sets that are one.
+    # Root of the folder of images, for data.name='image_folder'.
     data.root = ''
+    # Decode while training, for sets that do not fit in memory; ImageNet always is.
+    data.stream = False
     # Side to which images of a folder or a stream are scaled and cropped; 0: the data set's own.
     data.image_size = 0
     # Images a step, over all devices.

@@ -5,7 +5,7 @@ python -m one_jax.evaluate --student=DIR [--config=configs/X.py]
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,11 @@ def make_evaluation_step(
 def evaluate_split(
     evaluation_step: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]],
     variables: Any,
-    examples: datasets.Examples,
-    batch_size: int,
+    batches: Iterable[resident.Batch],
     mesh: Mesh,
 ) -> dict[str, Any]:
     """Every example exactly once: `top1`, `top5`, `nll`, `ece` as lists over the predictors."""
-    sums = [
-        evaluation_step(variables, parallel.shard_batch(batch, mesh))
-        for batch in resident.evaluation_batches(examples, batch_size)
-    ]
+    sums = [evaluation_step(variables, parallel.shard_batch(batch, mesh)) for batch in batches]
     return metrics.summarise(metrics.add_sums(jax.device_get(sums)))
 
 
@@ -126,7 +122,7 @@ class Evaluator:
         config: Any,
         method: methods.Method,
         network: models.MultiBranch,
-        dataset: datasets.Dataset,
+        dataset: datasets.Dataset | datasets.StreamedDataset,
         mesh: Mesh,
     ):
         self._config, self._method, self._dataset, self._mesh = config, method, dataset, mesh
@@ -140,16 +136,15 @@ class Evaluator:
 
     def splits(self, final: bool) -> list[str]:
         """What to evaluate: held-out images where there are some; in the end, all splits."""
-        held_out = [split for split in ('validation', 'test') if split in self._dataset.splits]
-        return held_out if final else held_out[:1]
+        splits = self._dataset.evaluated_splits
+        return list(splits if final else splits[:1])
 
     def __call__(self, variables: Any, split: str) -> dict[str, Any]:
         """The record of one split; see `name_predictors`."""
         summary = evaluate_split(
             self._step,
             variables,
-            self._dataset.splits[split],
-            self._config.data.eval_batch_size,
+            self._dataset.evaluation_batches(split, self._config.data.eval_batch_size),
             self._mesh,
         )
         return name_predictors(
@@ -200,8 +195,7 @@ def evaluate_student(directory: Path, config: Any | None = None) -> dict[str, An
     summary = evaluate_split(
         step,
         parallel.replicate(student.variables, mesh),
-        dataset.splits['test'],
-        config.data.eval_batch_size,
+        dataset.evaluation_batches('test', config.data.eval_batch_size),
         mesh,
     )
     return {'split': 'test', **name_predictors(summary, 1, False, 'branch 0')}

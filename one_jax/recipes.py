@@ -26,7 +26,7 @@ _SMOKE_NETWORKS = {
     'resnet32': 'resnet8',
     'resnet110_bottleneck': 'resnet11_bottleneck',
     'resnext29_8x64d': 'resnext11_2x8d',
-    'densenet190_40': 'densenet13_8',
+    'densenet190_40': 'densenet16_4',
     'resnet18': 'resnet10_tiny',
     'resnext50_32x4d': 'resnext14_tiny',
     'seresnet18': 'seresnet10_tiny',

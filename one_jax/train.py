@@ -27,7 +27,7 @@ from one_jax import (
 )
 from one_jax import config as config_lib
 from one_jax.analysis import curves
-from one_jax.data import datasets, resident
+from one_jax.data import datasets, resident, streaming
 from one_jax.inputs import training_inputs
 from one_jax.interrupt import Interrupted, StopRequest
 from one_jax.models import cost
@@ -133,7 +133,7 @@ def train_and_evaluate(config: Any, directory: str | Path) -> dict[str, Any]:
         return workdir.read_json(directory / workdir.RESULT)
 
     dataset = datasets.load(config.data)
-    batches = resident.ResidentBatches(dataset.splits['train'], config.data.batch_size, config.seed)
+    batches = dataset.train_batches(config.data.batch_size, config.seed)
     recipe = make_recipe(config, dataset.spec, batches.steps_per_epoch)
     evaluator = evaluate.Evaluator(config, recipe.method, recipe.network, dataset, mesh)
     workdir.write_json(directory / workdir.CONFIG, config.to_dict())
@@ -178,7 +178,7 @@ def _start_or_resume(
     return restored.state, restored.progress
 
 
-def _describe(dataset: datasets.Dataset) -> dict[str, Any]:
+def _describe(dataset: datasets.Dataset | datasets.StreamedDataset) -> dict[str, Any]:
     """What a student needs to know of the data it was trained on."""
     fields = ('num_classes', 'image_shape', 'mean', 'std')
     description = {field: getattr(dataset.spec, field) for field in fields}
@@ -188,7 +188,7 @@ def _describe(dataset: datasets.Dataset) -> dict[str, Any]:
 def _train(
     recipe: Recipe,
     mesh: Mesh,
-    batches: resident.ResidentBatches,
+    batches: resident.ResidentBatches | streaming.StreamedBatches,
     evaluator: evaluate.Evaluator,
     state: TrainState,
     progress: dict[str, Any],

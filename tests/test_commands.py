@@ -177,7 +177,7 @@ BAD_INPUT = {
     'share_stages': (['--config.model.share_stages=3'], ['model.share_stages', '3', '0 to 2']),
     'data set missing': (
         ['--config.data.generated_examples=0', '--config.data.data_dir=/nowhere'],
-        ['data.name', "'cifar100'", '/nowhere', 'tfds build'],
+        ['data.name', "'cifar100'", '/nowhere', 'one_jax.prepare'],
     ),
     'unknown flag': (['--wrkdir=x'], ['wrkdir', 'workdir']),
     'batch larger than the data': (['--config.data.batch_size=256'], ['batch_size', '256', '128']),

@@ -1,16 +1,21 @@
 """Configuration: options, validation, and every file in configs/."""
 
+import functools
 import importlib.util
 import json
+import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from one_jax import config as config_lib
-from one_jax import methods, models
-from one_jax.data import datasets
+from one_jax import models, parallel, recipe, train
+from one_jax.data import datasets, resident
 from one_jax.errors import ConfigError, UserError
-from one_jax.models import cost
+from one_jax.models import aggregators, cost, multibranch
+from one_jax.state import init_state
 
 CONFIGS = sorted((Path(__file__).parent.parent / 'configs').glob('*.py'))
 
@@ -140,36 +145,57 @@ def test_options_are_applied_in_their_order_and_unknown_ones_refused():
         config_lib.apply_options(config_lib.default_config(), 'smok')
 
 
-# Parameters of the training graph, and of what is deployed.
-PARAMETERS = {
-    'cifar100_resnet110': (4_363_653, 1_727_284),
-    'cifar100_resnet32': (1_193_189, 472_756),
-    'cifar10_resnet32': (1_175_639, 466_906),
-    'mnist5k_resnet8': (194_903, 78_042),
-}
-
-
-def parameters(config):
-    spec = datasets.DATASETS[config.data.name]
-    network = models.make_network(
-        config.model, spec.num_classes, methods.create(config).make_aggregator
-    )
-    return cost.forward_cost(network, spec.image_shape)[0]
+@functools.cache
+def parameters(network, num_branches, num_classes, image_shape):
+    """Of the network with a gate, or of the plain one; by abstract evaluation."""
+    make_backbone = models.make_backbone(network, num_classes)
+    if num_branches == 1:
+        return cost.forward_cost(make_backbone(), image_shape)[0]
+    gate = functools.partial(aggregators.Gate, num_branches)
+    return cost.forward_cost(
+        multibranch.MultiBranch(make_backbone, num_branches, 2, gate), image_shape
+    )[0]
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_every_config(path):
+def test_every_config_says_what_it_is(path):
     config, header = get_config(path)
     for part in ('Source:', 'Recipe:', 'Expect:', f'--config=configs/{path.name}', 'Variants:'):
         assert part in header
-    training, deployed = PARAMETERS[path.stem]
-    assert parameters(config) == training
-    assert f'{deployed:,} parameters deployed' in header or path.stem == 'mnist5k_resnet8'
-    assert parameters(get_config(path, 'plain')[0]) == deployed
+    assert config.model.share_stages == 2
+    plain, _ = get_config(path, 'plain')
+    assert (plain.method.name, plain.model.num_branches) == ('plain', 1)
+    changed = config_lib.differences(config.to_dict(), plain.to_dict())
+    assert {line.partition(':')[0] for line in changed} == {'method.name', 'model.num_branches'}
 
-    for options in ('smoke', 'smoke,plain', 'plain,smoke'):
-        smoke, _ = get_config(path, options)
-        spec = config_lib.validate(smoke)
-        assert spec.image_shape == datasets.DATASETS[config.data.name].image_shape
-        assert smoke.train.steps <= 4
-        assert parameters(smoke) < 400_000
+    counts = re.search(r'([\d,]+) parameters\s+deployed \(([\d,]+) in\s+training\)', header)
+    if counts:
+        spec = datasets.DATASETS[config.data.name]
+        shape = (spec.num_classes, spec.image_shape)
+        assert counts[1] == f'{parameters(config.model.name, 1, *shape):,}'
+        assert counts[2] == f'{parameters(config.model.name, 3, *shape):,}'
+    else:
+        assert path.stem in ('image_folder', 'mnist5k_resnet8')
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_every_config_takes_a_smoke_step(path):
+    for options in ('smoke,plain', 'plain,smoke'):
+        config_lib.validate(get_config(path, options)[0])
+    config, _ = get_config(path, 'smoke')
+    spec = config_lib.validate(config)
+    assert config.train.steps <= 4
+    assert spec.num_classes == datasets.DATASETS[config.data.name].num_classes
+    dataset = datasets.load(config.data)
+    batches = resident.ResidentBatches(dataset.splits['train'], config.data.batch_size, config.seed)
+    made = recipe.make_recipe(config_lib.resolve(config), dataset.spec, batches.steps_per_epoch)
+    assert cost.forward_cost(made.network, spec.image_shape)[0] < 1_300_000
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    state = jax.jit(lambda: init_state(made.network, made.optimizer, spec.image_shape, 0))()
+    batch = {name: array[None] for name, array in batches.batch(0).items()}
+    state, metrics = train.make_train_step(made, mesh)(parallel.replicate(state, mesh), batch)
+    assert int(state.step) == 1
+    assert np.isfinite(metrics['loss']).all()
+    # The untrained network is near chance: three branches and the teacher.
+    chance = 4 * np.log(spec.num_classes)
+    assert 0.7 * chance < metrics['loss'][0] < 2.5 * chance

@@ -12,28 +12,16 @@ import tensorflow_datasets as tfds
 from ml_collections import config_dict
 from tfds_fixtures import CIFAR10_NAMES, random_split, write_set
 
+from one_jax import config as config_lib
 from one_jax import data
-from one_jax.data import datasets, prepared, resident
+from one_jax.data import datasets, memory, prepared, resident
 from one_jax.data.builders import mnist5k
 from one_jax.errors import ConfigError, UserError
 
 
 def data_config(**fields) -> config_dict.ConfigDict:
-    config = config_dict.ConfigDict(
-        {
-            'name': 'cifar10',
-            'data_dir': '',
-            'root': '',
-            'batch_size': 8,
-            'examples_per_class': 0,
-            'augment': 'default',
-            'padding': -1,
-            'validation_fraction': 0.0,
-            'generated_examples': 0,
-            'subset_seed': 0,
-            'eval_batch_size': 8,
-        }
-    ).lock()
+    config = config_lib.default_config().data
+    config.update(name='cifar10', batch_size=8, eval_batch_size=8)
     config.update(fields)
     return config
 
@@ -148,6 +136,25 @@ def test_grey_set_outside_the_table_becomes_rgb_with_its_own_statistics(tmp_path
     np.testing.assert_allclose(dataset.spec.std, [pixels.std()] * 3, rtol=1e-12)
 
 
+def test_svhn_trains_on_train_and_extra_as_the_reference_does(tmp_path):
+    splits = {
+        'train': random_split(20, (32, 32, 3), 10, seed=0),
+        'extra': random_split(50, (32, 32, 3), 10, seed=1),
+        'test': random_split(30, (32, 32, 3), 10, seed=2),
+    }
+    write_set(tmp_path, 'svhn_cropped', splits, version='3.1.0')
+    dataset = data.load(data_config(name='svhn', data_dir=str(tmp_path)))
+    train, test = dataset.splits['train'], dataset.splits['test']
+    assert rows(train) == written_rows(splits['train']) | written_rows(splits['extra'])
+    assert rows(test) == written_rows(splits['test'])
+    assert (dataset.spec.num_train, dataset.spec.num_test) == (70, 30)
+    assert dataset.label_names == tuple('0123456789')
+    assert (dataset.spec.mean, dataset.spec.std) == ((0.5,) * 3, (0.2,) * 3)
+    assert dataset.spec.augment == 'none'
+    without = data.load(data_config(name='svhn_train', data_dir=str(tmp_path)))
+    assert rows(without.splits['train']) == written_rows(splits['train'])
+
+
 def test_channel_statistics_keep_channels_apart_and_can_be_divided_by():
     images = np.random.default_rng(0).integers(0, 256, (5, 4, 3, 3), np.uint8)
     images[..., 1] //= 4
@@ -176,6 +183,7 @@ def refuse(*arguments, **keywords):
     raise AssertionError('the network was touched')
 socket.socket.connect = socket.getaddrinfo = refuse
 from test_data import data_config
+from one_jax import config as config_lib
 from one_jax import data
 from one_jax.errors import ConfigError
 assert len(data.load(data_config(data_dir=sys.argv[1])).splits['train']) == 40
@@ -358,6 +366,56 @@ def test_generated_images_of_a_set_outside_the_table_are_refused():
         data.describe(data_config(name='stanford_dogs', generated_examples=8))
 
 
+def test_generated_imagenet_is_small_and_has_its_shape_and_classes(monkeypatch):
+    # A prototype of each of the thousand classes alone would take three times as much.
+    monkeypatch.setattr(memory, 'available_bytes', lambda: 50_000_000)
+    dataset = data.load(data_config(name='imagenet2012', generated_examples=64))
+    assert dataset.spec.num_classes == len(dataset.label_names) == 1000
+    assert dataset.splits['train'].images.shape == (64, 224, 224, 3)
+    assert dataset.splits['test'].images.shape == (16, 224, 224, 3)
+    assert dataset.splits['train'].labels.tolist() == list(range(64))
+
+
+# Memory.
+
+
+def test_set_larger_than_memory_is_refused_with_both_sizes(cifar10_dir, monkeypatch):
+    config = data_config(data_dir=str(cifar10_dir))
+    # 60 images of 3072 bytes, and 12 for label and order.
+    monkeypatch.setattr(memory, 'available_bytes', lambda: 60 * 3084)
+    assert len(data.load(config).splits['train']) == 40
+    # The images that remain are a copy of those of which others are held out.
+    config.validation_fraction = 0.25
+    with pytest.raises(UserError, match=r'needs 0\.3 MB .* but 0\.2 MB are available: free'):
+        data.load(config)
+    config.validation_fraction = 0.0
+    monkeypatch.setattr(memory, 'available_bytes', lambda: 60 * 3084 - 1)
+    monkeypatch.setattr(prepared, 'read_split', None)
+    with pytest.raises(UserError, match=r"data\.name='cifar10' needs .*60 images of 32x32"):
+        data.load(config)
+    monkeypatch.setattr(memory, 'available_bytes', lambda: 10**9)
+    with pytest.raises(UserError, match=r'needs 1\.88 GB .*lower data\.generated_examples'):
+        data.load(data_config(name='svhn', generated_examples=604_388 * 4 // 5 + 5000))
+
+
+def test_available_memory_is_what_the_system_and_the_container_leave(tmp_path, monkeypatch):
+    assert 2**20 < memory.available_bytes() < 2**50
+    meminfo = tmp_path / 'meminfo'
+    meminfo.write_text('MemTotal: 9000 kB\nMemAvailable: 4000 kB\n')
+    monkeypatch.setattr(memory, '_MEMINFO', meminfo)
+    monkeypatch.setattr(memory, '_CGROUP', tmp_path)
+    assert memory.available_bytes() == 4000 * 1024
+    for name, content in {
+        'memory.max': '3000000\n',
+        'memory.current': '2500000\n',
+        'memory.stat': 'anon 1\ninactive_file 700000\n',
+    }.items():
+        (tmp_path / name).write_text(content)
+    assert memory.available_bytes() == 1_200_000
+    (tmp_path / 'memory.max').write_text('max\n')
+    assert memory.available_bytes() == 4000 * 1024
+
+
 # Augmentation settings.
 
 
@@ -392,7 +450,7 @@ def test_unknown_name_is_refused_with_the_table(tmp_path, name):
     assert all(known in message for known in datasets.DATASETS)
 
 
-@pytest.mark.parametrize('name', ['cifar100', 'eurosat', 'imagenet_resized/32x32'])
+@pytest.mark.parametrize('name', ['cifar100', 'svhn', 'eurosat', 'imagenet_resized/32x32'])
 def test_missing_data_is_reported_with_the_command_to_run(tmp_path, name):
     data_dir = tmp_path / 'with space'
     with pytest.raises(UserError) as error:
@@ -400,7 +458,7 @@ def test_missing_data_is_reported_with_the_command_to_run(tmp_path, name):
     message = assert_one_line(error)
     assert f'data.name={name!r}' in message
     assert f'data.data_dir={str(data_dir)!r}' in message
-    assert f"tfds build {name} --data_dir='{data_dir}' --file_format=array_record" in message
+    assert f"python -m one_jax.prepare {name} --data_dir='{data_dir}'" in message
     assert not data_dir.exists()
 
 
@@ -434,7 +492,7 @@ def test_tfrecord_without_tensorflow_is_reported_with_what_to_install(tmp_path, 
     monkeypatch.setitem(sys.modules, 'tensorflow', None)
     with pytest.raises(UserError, match=r"pip install 'one_jax\[tensorflow\]'") as error:
         data.describe(data_config(data_dir=str(tmp_path)))
-    assert '--file_format=array_record --overwrite' in assert_one_line(error)
+    assert_one_line(error)
 
 
 def test_sets_that_are_not_image_classification_are_refused(tmp_path):

@@ -195,7 +195,7 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
     np.testing.assert_allclose(rough.logits, exact.logits, atol=0.1)
 
 
-@pytest.mark.parametrize('name', ['resnet50', 'resnet33', 'resnet2', 'vgg', 'resnet08'])
+@pytest.mark.parametrize('name', ['resnet152', 'resnet33', 'resnet2', 'vgg', 'resnet08'])
 def test_unknown_networks_are_named(name):
     with pytest.raises(ConfigError, match=f"model.name='{name}' is not allowed: one of resnet11"):
         models.network(name)

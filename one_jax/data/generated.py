@@ -27,27 +27,26 @@ def generate(
     Returns:
       The splits 'train' and 'test'.
     """
-    prototypes = _prototypes(image_shape, num_classes)
+    squares = _random_bytes(
+        0, _PROTOTYPE_STREAM, (num_classes, _SQUARES_PER_SIDE, _SQUARES_PER_SIDE, image_shape[-1])
+    )
     return {
-        'train': _draw(prototypes, num_train, seed, _TRAIN_STREAM),
-        'test': _draw(prototypes, num_test, seed, _TEST_STREAM),
+        'train': _draw(squares, image_shape, num_train, seed, _TRAIN_STREAM),
+        'test': _draw(squares, image_shape, num_test, seed, _TEST_STREAM),
     }
 
 
-def _prototypes(image_shape: tuple[int, int, int], num_classes: int) -> np.ndarray:
-    """One image of each class, uint8 [num_classes, H, W, C]."""
-    height, width, channels = image_shape
-    grid = (num_classes, _SQUARES_PER_SIDE, _SQUARES_PER_SIDE, channels)
-    squares = _random_bytes(0, _PROTOTYPE_STREAM, grid)
+def _draw(
+    squares: np.ndarray, image_shape: tuple[int, int, int], count: int, seed: int, stream: int
+) -> Examples:
+    """Examples of the classes whose squares are uint8 [C, side, side, channels]."""
+    labels = np.arange(count, dtype=np.int32) % len(squares)
+    images = _random_bytes(seed, stream, (count, *image_shape)) // 2
+    height, width, _ = image_shape
     rows = np.arange(height) * _SQUARES_PER_SIDE // height
     columns = np.arange(width) * _SQUARES_PER_SIDE // width
-    return squares[:, rows[:, None], columns]
-
-
-def _draw(prototypes: np.ndarray, count: int, seed: int, stream: int) -> Examples:
-    labels = np.arange(count, dtype=np.int32) % len(prototypes)
-    images = _random_bytes(seed, stream, (count, *prototypes.shape[1:])) // 2
-    images += prototypes[labels] // 2
+    # Only the drawn classes are enlarged: a thousand large prototypes would not be cheap.
+    images += squares[labels][:, rows[:, None], columns] // 2
     return Examples(images, labels)
 
 

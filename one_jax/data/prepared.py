@@ -31,24 +31,32 @@ def resolve_data_dir(data_dir: str) -> str:
     )
 
 
-def build_command(name: str, data_dir: str) -> str:
+def prepare_command(name: str, data_dir: str) -> str:
     """The command that prepares a data set where `open_prepared` finds it."""
-    directory = shlex.quote(resolve_data_dir(data_dir))
-    return f'tfds build {name} --data_dir={directory} --file_format=array_record'
+    return f'python -m one_jax.prepare {name} --data_dir={shlex.quote(resolve_data_dir(data_dir))}'
 
 
-def open_prepared(name: str, data_dir: str) -> tfds.core.DatasetBuilder | None:
+def is_tfds_name(name: str) -> bool:
+    """Whether a builder of that name comes with TFDS, or is one of ours that has been imported."""
+    builders = tfds.list_builders(with_community_datasets=False)
+    return name.partition('/')[0].partition(':')[0] in builders
+
+
+def open_prepared(
+    name: str, data_dir: str, any_size: bool = False
+) -> tfds.core.DatasetBuilder | None:
     """Opens a prepared data set; reads its description, no images.
 
     Args:
       name: as TFDS has it: `name`, `name/config`, `name:version`.
       data_dir: '' for TFDS's own default.
+      any_size: also a set whose images differ in size, which is to be streamed.
 
     Returns:
       The builder, or None if there is no such set on disk.
 
     Raises:
-      ConfigError: it is there, but not an image classification set of one image size.
+      ConfigError: it is there, but not an image classification set, or not of one image size.
       UserError: it is there, but cannot be read, or not without TensorFlow, which is missing.
     """
     directory = resolve_data_dir(data_dir)
@@ -58,13 +66,14 @@ def open_prepared(name: str, data_dir: str) -> tfds.core.DatasetBuilder | None:
         return None
     except Exception as error:  # whatever the parsers of damaged descriptions raise
         raise _damaged(name, directory, error) from error
-    _check_features(name, builder.info.features)
-    if not _is_array_record(builder) and importlib.util.find_spec('tensorflow') is None:
+    _check_features(name, builder.info.features, any_size)
+    # Streamed sets are for their reader to judge.
+    tensorflow_needed = not any_size and not _is_array_record(builder)
+    if tensorflow_needed and importlib.util.find_spec('tensorflow') is None:
         raise UserError(
             f'data.name={name!r} is prepared in {builder.data_path} as '
             f'{builder.info.file_format.value}, which only TensorFlow reads: '
-            "pip install 'one_jax[tensorflow]', or prepare it again with "
-            f'{build_command(name, data_dir)} --overwrite'
+            "pip install 'one_jax[tensorflow]'"
         )
     return builder
 
@@ -105,11 +114,11 @@ def _is_array_record(builder: tfds.core.DatasetBuilder) -> bool:
     return tfds.core.FileFormat.ARRAY_RECORD in builder.info.available_file_formats()
 
 
-def _check_features(name: str, features: Any) -> None:
+def _check_features(name: str, features: Any, any_size: bool) -> None:
+    wanted = 'an image classification set' + ('' if any_size else ' of one image size')
+
     def reject(reason: str) -> None:
-        raise ConfigError(
-            'data.name', name, f'an image classification set of one image size, but {reason}'
-        )
+        raise ConfigError('data.name', name, f'{wanted}, but {reason}')
 
     feature = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
     image, label = feature.get('image'), feature.get('label')
@@ -120,7 +129,12 @@ def _check_features(name: str, features: Any) -> None:
             "this one lacks the features 'image' (Image) and 'label' (ClassLabel): it has "
             + ', '.join(f'{key} ({type(value).__name__})' for key, value in sorted(feature.items()))
         )
-    if len(image.shape) != 3 or None in image.shape or image.shape[-1] not in (1, 3):
+    height_and_width_known = None not in image.shape[:2]
+    if (
+        len(image.shape) != 3
+        or image.shape[-1] not in (1, 3)
+        or not (any_size or height_and_width_known)
+    ):
         reject(f'the images of this one have the shape {image.shape}')
     if image.np_dtype != np.uint8:
         reject(f'the images of this one are {np.dtype(image.np_dtype).name}')

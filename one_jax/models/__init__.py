@@ -1,12 +1,21 @@
 """Networks by name.
 
 CIFAR ResNets are named by their depth, `resnet8`, `resnet14`, `resnet20`, `resnet32`, ..., any 6n +
-2 (save 50, which the field reads as ImageNet's). Three different networks are called "ResNet-110"
-in the literature:
+2 save 50 and 152: `resnet18`, `resnet34` and `resnet50` are ImageNet's, and so would 152 be.
+Three different networks are called "ResNet-110" in the literature:
 
 - `resnet110`: basic blocks, n = 18 (He et al.);
 - `resnet110_bottleneck`: bottleneck blocks, n = 18, 164 layers deep: the ONE authors' code;
 - `resnet110_bottleneck12`: bottleneck blocks, n = 12, 110 layers deep: OKDDip and its descendants.
+
+The others, each described where it is defined:
+
+- for 32x32: `resnext29_8x64d`, `densenet190_40`, `densenet40_12`, `wrn16_2`, `wrn40_2`, `wrn20_8`,
+  `wrn20_8_bottleneck`, `vgg16`;
+- for 224x224: `resnet18`, `resnet34`, `resnet50`, `resnext50_32x4d`, `seresnet18`;
+- for tests and smoke runs, compiled in seconds: `resnet8`, `resnet11_bottleneck`, `resnext11_2x8d`,
+  `densenet16_4`, `wrn10_1`, `vgg6_tiny`, `resnet10_tiny`, `resnet14_tiny`, `resnext14_tiny`,
+  `seresnet10_tiny`.
 """
 
 import functools
@@ -18,21 +27,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from one_jax.errors import ConfigError
+from one_jax.models import densenet, resnet_cifar, resnet_imagenet, resnext_cifar, vgg, wide_resnet
 from one_jax.models.backbone import Backbone
 from one_jax.models.multibranch import MultiBranch
-from one_jax.models.resnet_cifar import BottleneckBlock, CifarResNet
 
 NETWORKS: dict[str, Callable[..., Backbone]] = {
-    'resnet110_bottleneck': functools.partial(
-        CifarResNet, blocks_per_stage=18, block=BottleneckBlock
-    ),
-    'resnet110_bottleneck12': functools.partial(
-        CifarResNet, blocks_per_stage=12, block=BottleneckBlock
-    ),
-    # The smallest with bottlenecks, for tests.
-    'resnet11_bottleneck': functools.partial(
-        CifarResNet, blocks_per_stage=1, block=BottleneckBlock
-    ),
+    **resnet_cifar.NETWORKS,
+    **resnext_cifar.NETWORKS,
+    **densenet.NETWORKS,
+    **wide_resnet.NETWORKS,
+    **vgg.NETWORKS,
+    **resnet_imagenet.NETWORKS,
 }
 
 
@@ -45,9 +50,10 @@ def network(name: str) -> Callable[..., Backbone]:
     if name in NETWORKS:
         return NETWORKS[name]
     depth = re.fullmatch(r'resnet([1-9]\d*)', name)
-    if depth and int(depth[1]) >= 8 and int(depth[1]) != 50 and int(depth[1]) % 6 == 2:
-        return functools.partial(CifarResNet, blocks_per_stage=(int(depth[1]) - 2) // 6)
-    known = ', '.join(sorted(NETWORKS))
+    # 152 is of the form too, but the field reads it as ImageNet's.
+    if depth and int(depth[1]) >= 8 and int(depth[1]) % 6 == 2 and int(depth[1]) != 152:
+        return resnet_cifar.cifar_resnet(int(depth[1]))
+    known = ', '.join(NETWORKS)
     raise ConfigError(
         'model.name', name, f'one of {known}, or resnetN with N = 6n + 2: resnet8, resnet20, ...'
     )

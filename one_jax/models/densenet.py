@@ -1,0 +1,95 @@
+"""DenseNet-BC for CIFAR (Huang et al. 2017): every layer adds k channels to all that came before.
+
+Three blocks of (L - 4) / 6 bottleneck layers; between them a transition halves the channels and the
+size. A stage is a block and the transition after it; the third has none. Convolutions have no bias
+and start as He fan out, the authors' choice and this project's. The parameters are named `conv1`,
+`dense1.0`, ..., `trans1`, ..., `bn`, `fc`, as in a common PyTorch version for CIFAR.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from one_jax.models.backbone import Backbone
+
+
+class DenseLayer(nn.Module):
+    """BN-ReLU-1x1 to four times the growth, BN-ReLU-3x3 to the growth, joined to the input.
+
+    Attributes:
+      growth: k, the channels that it adds.
+      conv: see `layers.make_conv`.
+      norm: see `layers.make_norm`.
+    """
+
+    growth: int
+    conv: Callable
+    norm: Callable
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H, W, C + growth], the input's channels first."""
+        y = nn.relu(self.norm(name='bn1')(x))
+        y = self.conv(4 * self.growth, 1, name='conv1')(y)
+        y = nn.relu(self.norm(name='bn2')(y))
+        y = self.conv(self.growth, 3, name='conv2')(y)
+        return jnp.concatenate([x, y], axis=-1)
+
+
+class Transition(nn.Module):
+    """BN-ReLU-1x1 to half the channels, then 2x2 average pooling.
+
+    Attributes:
+      conv: see `layers.make_conv`.
+      norm: see `layers.make_norm`.
+    """
+
+    conv: Callable
+    norm: Callable
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H // 2, W // 2, C // 2]."""
+        y = nn.relu(self.norm(name='bn1')(x))
+        y = self.conv(x.shape[-1] // 2, 1, name='conv1')(y)
+        return nn.avg_pool(y, (2, 2), strides=(2, 2))
+
+
+class DenseNet(Backbone):
+    """DenseNet-BC of three stages.
+
+    Attributes:
+      layers_per_block: (L - 4) / 6; each has two convolutions.
+      growth: k.
+    """
+
+    layers_per_block: int = 6
+    growth: int = 12
+
+    @property
+    def num_stages(self) -> int:
+        return 3
+
+    def stem(self, x: jax.Array, conv: Callable, norm: Callable) -> jax.Array:
+        return conv(2 * self.growth, 3, name='conv1')(x)
+
+    def stage(self, x: jax.Array, number: int, conv: Callable, norm: Callable) -> jax.Array:
+        for index in range(self.layers_per_block):
+            x = DenseLayer(self.growth, conv, norm, name=f'dense{number}_{index}')(x)
+        if number < self.num_stages:
+            x = Transition(conv, norm, name=f'trans{number}')(x)
+        return x
+
+    def last_maps(self, x: jax.Array, norm: Callable) -> jax.Array:
+        return nn.relu(norm(name='bn')(x))
+
+
+NETWORKS: dict[str, Callable[..., Backbone]] = {
+    'densenet190_40': functools.partial(DenseNet, layers_per_block=31, growth=40),
+    'densenet40_12': functools.partial(DenseNet, layers_per_block=6, growth=12),
+    # For tests and smoke runs.
+    'densenet16_4': functools.partial(DenseNet, layers_per_block=2, growth=4),
+}
