@@ -47,7 +47,7 @@ def import_tensorflow() -> ModuleType:
         import tensorflow
     except ImportError as error:
         raise UserError(
-            'data sets that do not fit in memory are read by TensorFlow, which is missing: '
+            'streamed images and TFRecord files are read by TensorFlow, which is missing: '
             "pip install 'one_jax[tensorflow]'"
         ) from error
     # Too late, and then not ours to change, where TensorFlow is already at work.

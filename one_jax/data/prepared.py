@@ -4,12 +4,10 @@ They are opened from their files alone: no builder code runs, nothing touches th
 version on disk will do. ArrayRecord files are read without TensorFlow.
 """
 
-import contextlib
 import importlib.util
 import io
 import os
 import shlex
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core import read_only_builder, registered
 
+from one_jax.data import jpeg
 from one_jax.data.resident import Examples
 from one_jax.errors import ConfigError, UserError
 
@@ -159,7 +158,7 @@ def _read_array_record(
 def _read_with_tensorflow(
     builder: tfds.core.DatasetBuilder, split: str, images: np.ndarray, labels: np.ndarray
 ) -> None:
-    tensorflow = _import_tensorflow()
+    tensorflow = jpeg.import_tensorflow()
     try:
         dataset = builder.as_dataset(
             split=split,
@@ -178,16 +177,6 @@ def _read_with_tensorflow(
             raise ValueError(f'{start} examples in place of {len(labels)}')
     except (OSError, RuntimeError, ValueError, tensorflow.errors.OpError) as error:
         raise _damaged(builder.name, builder.data_path, error) from error
-
-
-def _import_tensorflow() -> ModuleType:
-    """TensorFlow, kept from taking the accelerator's memory, which is JAX's."""
-    import tensorflow
-
-    # Too late, and then not ours to change, where TensorFlow is already at work.
-    with contextlib.suppress(RuntimeError):
-        tensorflow.config.set_visible_devices([], 'GPU')
-    return tensorflow
 
 
 def _damaged(name: str, directory: Any, error: Exception) -> UserError:
