@@ -37,7 +37,8 @@ test-latest: $(if $(PYTHON312),$(LATEST)/.installed)
 ifeq ($(PYTHON312),)
 	@echo 'No Python 3.12 here: the run on the newest JAX is left out.'
 else
-	$(LATEST)/bin/python -m pytest -n 2 --dist=worksteal tests/test_commands.py tests/test_layers.py
+	$(LATEST)/bin/python -m pytest -n 2 --dist=worksteal -m end_to_end tests/test_commands.py
+	$(LATEST)/bin/python -m pytest -n 2 tests/test_layers.py
 endif
 
 $(LATEST)/.installed: $(SETTINGS)

@@ -41,6 +41,7 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.end_to_end
 def test_a_run_leaves_its_records(finished):
     result = read_json(finished / 'result.json')
     assert result['step'] == 16
@@ -93,6 +94,7 @@ def test_the_default_workdir_is_named_after_the_config(tmp_path, cache):
     assert len(result['branch_top1']) == 1
 
 
+@pytest.mark.end_to_end
 def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, finished, cache):
     """SIGKILL at six moments: start-up, steps, evaluation and saves are all within their range."""
     workdir = tmp_path / 'run'
@@ -115,6 +117,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, finished, cac
     assert_same_run(workdir, finished)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends(tmp_path, finished, cache, number):
     """The signal comes after the first record, and the rest of the epoch is still to do."""
@@ -136,6 +139,7 @@ def test_a_signal_saves_and_ends(tmp_path, finished, cache, number):
     assert_same_run(workdir, finished)
 
 
+@pytest.mark.end_to_end
 def test_a_truncated_newest_checkpoint_is_passed_over(tmp_path, finished, cache):
     workdir = tmp_path / 'run'
     process = start('main', *TINY, cache, f'--workdir={workdir}')
@@ -247,6 +251,7 @@ assert 'one_jax' not in sys.modules
 """
 
 
+@pytest.mark.end_to_end
 def test_export_and_evaluation_of_every_branch(tmp_path, finished, cache):
     result = read_json(finished / 'result.json')
     output, _ = run('evaluate', f'--workdir={finished}')
@@ -289,6 +294,7 @@ def test_export_refuses_what_it_cannot_do(tmp_path, finished):
     assert snapshot(finished) == before
 
 
+@pytest.mark.end_to_end
 def test_report_of_several_runs(tmp_path, finished, cache):
     plain = tmp_path / 'plain'
     run('main', *TINY_PLAIN, cache, f'--workdir={plain}')
