@@ -27,6 +27,8 @@ from one_jax.models.multibranch import student_variables
 from one_jax.state import evaluated_variables
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
+# What of the config tells the data set apart, wherever it is: evaluation of the student takes it.
+DATA_FIELDS = ('name', 'generated_examples', 'image_size', 'stream')
 
 
 def export_student(directory: Path, output: Path, branch: int | None = None) -> student_lib.Student:
@@ -63,7 +65,7 @@ def export_student(directory: Path, output: Path, branch: int | None = None) -> 
         'mean': data['mean'],
         'std': data['std'],
         'metric': _branch_metric(progress['evaluations'], step, branch),
-        'data': {field: config.data[field] for field in ('name', 'generated_examples')},
+        'data': {field: config.data[field] for field in DATA_FIELDS},
         'method': config.method.name,
         'branch': branch,
         'step': step,

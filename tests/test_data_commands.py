@@ -60,6 +60,9 @@ def test_a_folder_of_images_becomes_a_student_that_knows_its_classes(tmp_path, f
     names = load_student(student).label_names
     assert names == ['blue things', 'green', 'red']
     assert json.loads((student / 'config.json').read_text())['input_size'] == [32, 32]
+    output, _ = run('evaluate', f'--student={student}', *flags[:5])
+    assert f'{result["deployed_top1"]:.2f}' in output
+    assert f'{result["deployed_nll"]:.4f}' in output
 
 
 def test_a_broken_image_of_a_folder_is_named_and_nothing_is_written(tmp_path, folder):
@@ -71,8 +74,10 @@ def test_a_broken_image_of_a_folder_is_named_and_nothing_is_written(tmp_path, fo
     assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('file_format', ['array_record', 'tfrecord'])
-def test_cifar10_on_disk(tmp_path, file_format):
+@pytest.mark.parametrize(
+    ('file_format', 'stream'), [('array_record', False), ('tfrecord', False), ('tfrecord', True)]
+)
+def test_cifar10_on_disk(tmp_path, file_format, stream):
     splits = {
         'train': random_split(24, (32, 32, 3), 10, seed=0),
         'test': random_split(11, (32, 32, 3), 10, seed=1),
@@ -80,6 +85,8 @@ def test_cifar10_on_disk(tmp_path, file_format):
     write_set(tmp_path / 'data', 'cifar10', splits, CIFAR10_NAMES, file_format=file_format)
     workdir = tmp_path / 'run'
     flags = ['--config=configs/cifar10_resnet32.py:smoke', *SHORT]
+    if stream:
+        flags += ['--config.data.stream=True', '--config.data.image_size=24']
     run('main', *flags, f'--config.data.data_dir={tmp_path / "data"}', f'--workdir={workdir}')
     # Eleven images, in batches of eight: each is worth 1 / 11.
     for top1 in read_result(workdir)['branch_top1']:
