@@ -15,7 +15,8 @@ from test_layers import feature_groups
 from one_jax import models, torch_interop
 from one_jax.errors import ConfigError, UserError
 from one_jax.models import aggregators, cost, densenet, layers, multibranch
-from one_jax.models.resnet_cifar import BasicBlock, CifarResNet
+from one_jax.models.resnet import BasicBlock
+from one_jax.models.resnet_cifar import CifarResNet
 from one_jax.models.resnet_imagenet import ImageNetResNet
 from one_jax.models.wide_resnet import PreActivationBlock
 

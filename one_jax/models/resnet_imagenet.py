@@ -14,7 +14,7 @@ import jax
 from flax import linen as nn
 
 from one_jax.models.backbone import Backbone
-from one_jax.models.resnet_cifar import BasicBlock, BottleneckBlock, ResNet
+from one_jax.models.resnet import BasicBlock, BottleneckBlock, ResNet
 
 
 class ImageNetResNet(ResNet):

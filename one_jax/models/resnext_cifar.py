@@ -9,7 +9,8 @@ import functools
 from collections.abc import Callable
 
 from one_jax.models.backbone import Backbone
-from one_jax.models.resnet_cifar import BottleneckBlock, CifarResNet
+from one_jax.models.resnet import BottleneckBlock
+from one_jax.models.resnet_cifar import CifarResNet
 
 NETWORKS: dict[str, Callable[..., Backbone]] = {
     'resnext29_8x64d': functools.partial(

@@ -23,7 +23,8 @@ import jax
 from flax import linen as nn
 
 from one_jax.models.backbone import Backbone
-from one_jax.models.resnet_cifar import BottleneckBlock, CifarResNet
+from one_jax.models.resnet import BottleneckBlock
+from one_jax.models.resnet_cifar import CifarResNet
 
 
 class PreActivationBlock(nn.Module):
