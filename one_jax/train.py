@@ -86,8 +86,7 @@ def make_train_step(
         return state.with_averages(recipe.config.train.ema_decay), scalars
 
     def steps(state: TrainState, batches: dict[str, jax.Array]):
-        # A scan over convolutions loses XLA's threads on CPU (twelve times slower): one step is
-        # none.
+        # A scan over convolutions loses XLA's threads on CPU and is far slower: one step is none.
         if batches['label'].shape[0] > 1:
             return lax.scan(step, state, batches)
         state, scalars = step(state, jax.tree.map(lambda x: x[0], batches))

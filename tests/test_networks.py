@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from jax import lax
 from test_layers import feature_groups
+from test_models import branched, init
 
 from one_jax import models, torch_interop
 from one_jax.errors import ConfigError, UserError
-from one_jax.models import aggregators, cost, densenet, layers, multibranch
+from one_jax.models import cost, densenet, layers, multibranch
 from one_jax.models.resnet import BasicBlock
 from one_jax.models.resnet_cifar import CifarResNet
 from one_jax.models.resnet_imagenet import ImageNetResNet
@@ -29,20 +30,6 @@ TINY = [
     'seresnet10_tiny',
     'resnext14_tiny',
 ]
-
-
-def branched(name, num_classes=10, num_branches=3, share_stages=2, **kwargs):
-    return multibranch.MultiBranch(
-        models.make_backbone(name, num_classes, **kwargs),
-        num_branches,
-        share_stages,
-        functools.partial(aggregators.Gate, num_branches),
-    )
-
-
-def init(network, images):
-    """Compiled, which is faster than hundreds of single operations."""
-    return jax.jit(lambda x: network.init(jax.random.key(0), x, train=False))(images)
 
 
 def abstract_variables(network, image_shape):

@@ -5,10 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import Setting
+from test_train import Setting, run_in
 
-from one_jax import losses
+from one_jax import checkpoint, export, losses
 from one_jax.data import augment, mixing
+from one_jax.models.multibranch import student_variables
 
 
 def test_soft_targets_are_a_mean_of_cross_entropies():
@@ -122,3 +123,14 @@ def test_moving_averages_follow_the_weights():
     without, _ = Setting().run(num_devices=1, num_steps=2)
     assert without.averages is None
     chex.assert_trees_all_close(without.params, states[-1].params, rtol=1e-5, atol=1e-6)
+
+
+def test_the_averages_are_what_is_exported(tmp_path):
+    run_in(tmp_path / 'run', **{'train.ema_decay': 0.9, 'train.epochs': 1})
+    student = export.export_student(tmp_path / 'run', tmp_path / 'student', branch=1)
+    with checkpoint.Checkpoints(tmp_path / 'run/checkpoints', read_only=True) as checkpoints:
+        state = checkpoints.read().state
+    chex.assert_trees_all_equal(student.variables, student_variables(state['averages'], 1))
+    last = student_variables({'params': state['params']}, 1)['params']
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(student.variables['params'], last, rtol=1e-3)

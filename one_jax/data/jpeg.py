@@ -5,7 +5,7 @@ inside of the crop. The few others (CMYK JPEGs; the PNG that ImageNet has under 
 through PIL. Both give the same pixels: libjpeg's accurate transform costs nothing here.
 
 Evaluation resizes bilinearly with antialiasing, as torchvision does PIL images. Training does so
-without antialiasing, which would take 1 ms of an image's 1.7: crops of twice the wanted size or
+without antialiasing, which would take longer than decoding: crops of twice the wanted size or
 more are reduced by 2, 4 or 8 in the JPEG's own transform, which leaves less than a factor of two to
 bilinear resizing (up to sixteen times the wanted size). A reduced crop's edges are rounded to the
 reduced image's pixels.

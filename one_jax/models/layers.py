@@ -85,7 +85,7 @@ def dense_conv_general_dilated(
     one.
 
     XLA lowers a vmap over both operands to a convolution with `feature_group_count` = the number of
-    entries; on CPU that form is about four times slower than separate convolutions.
+    entries; on CPU that form is much slower than separate convolutions.
 
     Args:
       lhs: images [B, H, W, C].
