@@ -14,7 +14,12 @@ from one_jax.models import layers
 SCHEDULES = ('step', 'cosine', 'constant')
 DTYPES = ('float32', 'bfloat16', 'float64')
 # Fields that say where things are on one machine; they do not change what is computed.
-MACHINE_FIELDS = ('data.data_dir', 'data.root', 'train.compilation_cache_dir')
+MACHINE_FIELDS = (
+    'data.data_dir',
+    'data.root',
+    'method.teachers',
+    'train.compilation_cache_dir',
+)
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -29,10 +34,14 @@ def default_config() -> config_dict.ConfigDict:
     config.model = model = config_dict.ConfigDict()
     # The network, see one_jax/models/__init__.py.
     model.name = 'resnet32'
-    # K, the number of branches during training.
-    model.num_branches = 3
+    # K, the number of branches during training; None takes the method's own.
+    model.num_branches = config_dict.placeholder(int)
     # How many stages the branches share, the stem included; 0 shares nothing: K whole networks.
-    model.share_stages = 2
+    # None takes the method's own.
+    model.share_stages = config_dict.placeholder(int)
+    # Networks of unlike members, separated by commas, in place of copies of `name`; they share
+    # nothing.
+    model.members = ''
     # Computation in 'float32', 'bfloat16' (parameters, statistics and losses stay float32) or
     # 'float64'.
     model.dtype = 'float32'
@@ -43,12 +52,9 @@ def default_config() -> config_dict.ConfigDict:
     config.method = method = config_dict.ConfigDict()
     # The method, see one_jax/methods/.
     method.name = 'one'
-    # T of the softened distributions; None takes the method's own.
-    method.temperature = config_dict.placeholder(float)
-    # Weight of the distillation term after the ramp; None takes the method's own.
-    method.distill_weight = config_dict.placeholder(float)
-    # Share of the epochs over which that weight ramps up, 0 for none; None takes the method's own.
-    method.rampup_fraction = config_dict.placeholder(float)
+    # The fields of all methods, each described in the method's file; None takes the method's own.
+    for field, kind in methods.fields().items():
+        method[field] = config_dict.placeholder(kind)
 
     config.data = data = config_dict.ConfigDict()
     # One of one_jax/data/table.py ('cifar100', 'imagenet2012', 'image_folder', ...), or any image
@@ -146,7 +152,7 @@ def apply_options(
       UserError: an option that the recipe does not have.
     """
     variants = {
-        'plain': {**_PLAIN, **variants.get('plain', {})},
+        'plain': {**_plain(), **variants.get('plain', {})},
         'smoke': {**_SMOKE, **variants.get('smoke', {})},
         **{name: fields for name, fields in variants.items() if name not in ('plain', 'smoke')},
     }
@@ -159,7 +165,13 @@ def apply_options(
     return config
 
 
-_PLAIN = {'method.name': 'plain', 'model.num_branches': 1}
+def _plain() -> dict[str, Any]:
+    """The network alone: whatever the recipe says of its method and members is taken back."""
+    fields = {f'method.{field}': None for field in methods.fields()}
+    members = {'model.num_branches': None, 'model.share_stages': None, 'model.members': ''}
+    return {**fields, **members, 'method.name': 'plain'}
+
+
 _SMOKE = {
     'data.generated_examples': 64,
     'data.batch_size': 16,
@@ -192,15 +204,18 @@ def validate(config: config_dict.ConfigDict, num_devices: int = 1) -> datasets.D
             raise ConfigError(
                 'optimizer.milestones', config.optimizer.milestones, 'shares of the run, in (0, 1)'
             )
-    num_stages = models.network(config.model.name)(num_classes=2).num_stages
-    if not 0 <= config.model.share_stages < num_stages:
+    models.network(config.model.name)
+    method = methods.create(config)
+    if method.needs_validation and not config.data.validation_fraction:
         raise ConfigError(
-            'model.share_stages',
-            config.model.share_stages,
-            f'0 to {num_stages - 1}: {config.model.name} has {num_stages} stages, and a branch '
-            'needs one of its own',
+            'data.validation_fraction',
+            config.data.validation_fraction,
+            f'above 0: with these settings method.name={method.name!r} needs held-out images',
         )
-    methods.create(config)
+    if method.augments_members and method.share_stages:
+        raise ConfigError(
+            'model.share_stages', method.share_stages, '0, where each member sees its own images'
+        )
     return validate_data(config.data, num_devices)
 
 
@@ -216,7 +231,6 @@ def validate_data(data: config_dict.ConfigDict, num_devices: int = 1) -> dataset
 
 _AT_LEAST = {
     'seed': 0,
-    'model.num_branches': 1,
     'data.batch_size': 1,
     'data.eval_batch_size': 1,
     'data.image_size': 0,
@@ -259,11 +273,25 @@ def _choice(config: config_dict.ConfigDict, field: str, allowed: tuple[str, ...]
 
 
 def resolve(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-    """A frozen copy in which the method's own defaults stand for every None."""
+    """A frozen copy in which the method's own defaults stand for every None.
+
+    Fields that the method does not read are left out.
+    """
+    method = methods.create(config)
     resolved = config.copy_and_resolve_references()
     with resolved.unlocked():
-        resolved.method.update(methods.create(config).settings)
+        resolved.method = {'name': method.name, **method.settings}
+        resolved.model.num_branches = method.num_branches
+        resolved.model.share_stages = method.share_stages
     return config_dict.FrozenConfigDict(resolved)
+
+
+def stored_config(stored: Mapping[str, Any]) -> config_dict.FrozenConfigDict:
+    """The resolved config behind the content of a config.json, which may be an older one."""
+    config = default_config()
+    with config.unlocked():
+        config.update(stored)
+    return resolve(config)
 
 
 def get_field(config: Any, field: str) -> Any:
@@ -289,7 +317,7 @@ def differences(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[st
 
     A field that came after the stored config was written counts as having its default there.
     """
-    old, new = flatten(default_config()) | flatten(stored), flatten(config)
+    old, new = flatten(stored_config(stored)), flatten(config)
     absent = '(absent)'
     return [
         f'{field}: {old.get(field, absent)!r} in the workdir, {new.get(field, absent)!r} now'

@@ -22,7 +22,7 @@ from one_jax import student as student_lib
 from one_jax.data import augment, datasets, resident
 from one_jax.errors import UserError
 from one_jax.models.multibranch import Outputs
-from one_jax.state import evaluated_variables
+from one_jax.state import TrainState, evaluated_variables
 
 MEASURES = ('top1', 'top5', 'nll', 'ece')
 
@@ -42,7 +42,10 @@ def predictor_logits(outputs: Outputs) -> jax.Array:
 
 
 def make_evaluation_step(
-    predict: Callable[[Any, jax.Array], jax.Array], spec: datasets.DatasetSpec, mesh: Mesh
+    predict: Callable[[Any, jax.Array], jax.Array],
+    spec: datasets.DatasetSpec,
+    mesh: Mesh,
+    num_branches: int = 1,
 ) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
     """The compiled evaluation of one batch, data-parallel over `mesh`.
 
@@ -50,15 +53,20 @@ def make_evaluation_step(
       predict: maps (variables, normalised images [b, H, W, 3]) to logits [P, b, C].
       spec: the data set's description, for its mean and standard deviation.
       mesh: devices.
+      num_branches: how many of the first predictors are branches, between which diversity is
+        measured.
 
     Returns:
-      A function of variables and a batch; it gives the masked sums of `metrics.prediction_sums`.
+      A function of variables and a batch; it gives the masked sums of `metrics.prediction_sums`
+      and, of several branches, `metrics.diversity_sums`.
     """
 
     def step(variables, batch):
         images = augment.normalise(batch['image'], spec.mean, spec.std, jnp.float32)
         logits = predict(variables, images)
         sums = metrics.prediction_sums(logits, batch['label'], batch['mask'])
+        if num_branches > 1:
+            sums |= metrics.diversity_sums(logits[:num_branches], batch['mask'])
         return lax.psum(sums, parallel.DATA_AXIS)
 
     return parallel.data_parallel(step, mesh)
@@ -70,7 +78,9 @@ def evaluate_split(
     batches: Iterable[resident.Batch],
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """Every example exactly once: `top1`, `top5`, `nll`, `ece` as lists over the predictors."""
+    """Every example exactly once: `top1`, `top5`, `nll`, `ece` as lists over the predictors; of
+    several branches, `pairwise_l2` and `disagreement` too.
+    """
     sums = [evaluation_step(variables, parallel.shard_batch(batch, mesh)) for batch in batches]
     return metrics.summarise(metrics.add_sums(jax.device_get(sums)))
 
@@ -95,6 +105,9 @@ def name_predictors(
         record[f'ensemble_{measure}'] = values[-1]
         index = -1 if deployed == 'ensemble' else int(deployed.removeprefix('branch '))
         record[f'deployed_{measure}'] = values[index]
+    for measure in ('pairwise_l2', 'disagreement'):
+        if measure in summary:
+            record[measure] = summary[measure]
     return record
 
 
@@ -104,6 +117,20 @@ def one_line(epoch: float, split: str, record: dict[str, Any]) -> str:
     teacher = record['teacher_top1']
     line = f'epoch {epoch:g}  {split} top-1: branches {branches}'
     return line if teacher is None else f'{line}  teacher {teacher:.2f}'
+
+
+def make_held_out_step(
+    method: methods.Method, network: models.MultiBranch, spec: datasets.DatasetSpec, mesh: Mesh
+) -> Callable[[Any, dict[str, jax.Array]], Any]:
+    """The compiled sums over one batch of held-out images, for a method that wants them."""
+
+    def step(variables, batch):
+        images = augment.normalise(batch['image'], spec.mean, spec.std, jnp.float32)
+        logits = network.apply(variables, images, train=False).logits
+        sums = method.held_out_sums(logits, batch['label'], batch['mask'])
+        return lax.psum(sums, parallel.DATA_AXIS)
+
+    return parallel.data_parallel(step, mesh)
 
 
 class Evaluator:
@@ -132,7 +159,9 @@ class Evaluator:
             ),
             dataset.spec,
             mesh,
+            method.num_branches,
         )
+        self._held_out_step = make_held_out_step(method, network, dataset.spec, mesh)
 
     def splits(self, final: bool) -> list[str]:
         """What to evaluate: held-out images where there are some; in the end, all splits."""
@@ -147,12 +176,19 @@ class Evaluator:
             self._dataset.evaluation_batches(split, self._config.data.eval_batch_size),
             self._mesh,
         )
-        return name_predictors(
-            summary,
-            self._config.model.num_branches,
-            self._method.make_aggregator is not None,
-            self._method.deployed,
-        )
+        num_branches = self._method.num_branches
+        has_teacher = len(summary['top1']) == num_branches + 2
+        return name_predictors(summary, num_branches, has_teacher, self._method.deployed)
+
+    def refresh(self, state: TrainState) -> TrainState:
+        """The state at the start of an epoch, its method's part made anew from held-out images."""
+        batches = self._dataset.evaluation_batches('validation', self._config.data.eval_batch_size)
+        sums = [
+            self._held_out_step(state.variables, parallel.shard_batch(batch, self._mesh))
+            for batch in batches
+        ]
+        fresh = self._method.refresh(jax.tree.map(lambda *values: sum(values), *sums))
+        return state.replace(method=parallel.replicate(fresh, self._mesh))
 
 
 def evaluate_workdir(directory: Path) -> dict[str, Any]:
@@ -163,7 +199,7 @@ def evaluate_workdir(directory: Path) -> dict[str, Any]:
     parallel.use_compilation_cache(config.train.compilation_cache_dir)
     dataset = datasets.load(config.data)
     method = methods.create(config)
-    network = models.make_network(config.model, dataset.spec.num_classes, method.make_aggregator)
+    network = models.make_network(config.model, dataset.spec.num_classes, method)
     with checkpoint.Checkpoints(directory / workdir.CHECKPOINTS, read_only=True) as checkpoints:
         state, _, step = checkpoints.read()
     evaluator = Evaluator(config, method, network, dataset, mesh)
@@ -186,9 +222,7 @@ def evaluate_student(directory: Path, config: Any | None = None) -> dict[str, An
     student.check_data(spec)
     dataset = datasets.load(config.data)
     step = make_evaluation_step(
-        lambda variables, images: student.network.apply(variables, images, train=False).logits[
-            None
-        ],
+        lambda variables, images: student.logits(variables, images)[None],
         dataclasses.replace(dataset.spec, mean=student.mean, std=student.std),
         mesh,
     )

@@ -1,6 +1,6 @@
 """Takes the student out of a run.
 
-    python -m one_jax.export --workdir=DIR --output=DIR [--branch=N]
+    python -m one_jax.export --workdir=DIR --output=DIR [--branch=N|ensemble]
 
 The folder holds `student.safetensors` (PyTorch's names and layout), `config.json` and
 `student.stablehlo`: the network as a program from uint8 images to logits, for any batch size, which
@@ -19,11 +19,11 @@ import numpy as np
 import safetensors.numpy
 from absl import flags
 
-from one_jax import checkpoint, command, evaluate, methods, models, torch_interop, workdir
+from one_jax import checkpoint, command, evaluate, methods, torch_interop, workdir
 from one_jax import student as student_lib
 from one_jax.errors import ConfigError, UserError
 from one_jax.models import cost
-from one_jax.models.multibranch import student_variables
+from one_jax.models.multibranch import join_ensemble, split_ensemble, student_variables
 from one_jax.state import evaluated_variables
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -31,13 +31,16 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 DATA_FIELDS = ('name', 'generated_examples', 'image_size', 'stream')
 
 
-def export_student(directory: Path, output: Path, branch: int | None = None) -> student_lib.Student:
-    """Writes one branch of a run's newest checkpoint as a student folder, whole or not at all.
+def export_student(
+    directory: Path, output: Path, branch: int | str | None = None
+) -> student_lib.Student:
+    """Writes a branch of a run's newest checkpoint, or the ensemble of all branches, as a student
+    folder, whole or not at all.
 
     Args:
       directory: the workdir of a run.
       output: a folder that does not exist yet, or is empty.
-      branch: from 0; None takes the one the method deploys.
+      branch: from 0, or 'ensemble'; None takes what the method deploys.
 
     Returns:
       The student as read back from the folder.
@@ -46,19 +49,26 @@ def export_student(directory: Path, output: Path, branch: int | None = None) -> 
       UserError: no run, no checkpoint, no such branch, or something is in `output` already.
     """
     config = workdir.read_config(directory)
-    branch = _deployed_branch(config) if branch is None else branch
-    if not 0 <= branch < config.model.num_branches:
-        raise ConfigError('branch', branch, f'0 to {config.model.num_branches - 1}')
+    method = methods.create(config)
+    branch = _parse_branch(branch, method)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f'output={str(output)!r} exists: nothing is overwritten, give a new folder')
     with checkpoint.Checkpoints(directory / workdir.CHECKPOINTS, read_only=True) as checkpoints:
         state, progress, step = checkpoints.read()
     data = progress['data']
-    network = models.make_backbone(config.model.name, data['num_classes'])()
+    kind = {'network': config.model.name, 'num_classes': data['num_classes']}
+    if branch == 'ensemble':
+        kind['ensemble'] = {
+            'members': list(method.members),
+            'share_stages': config.model.share_stages,
+            'share_stem': method.shares_stem,
+        }
+    else:
+        kind['network'] = method.members[branch]
+    network = student_lib.make_network(kind)
     parameters, flops = cost.forward_cost(network, tuple(data['image_shape']))
     description = {
-        'network': config.model.name,
-        'num_classes': data['num_classes'],
+        **kind,
         'label_names': data['label_names'],
         'input_size': data['image_shape'][:2],
         'channels': 'RGB',
@@ -74,8 +84,13 @@ def export_student(directory: Path, output: Path, branch: int | None = None) -> 
         'flops': flops,
         'versions': workdir.versions(),
     }
-    variables = jax.tree.map(jnp.asarray, student_variables(evaluated_variables(state), branch))
-    variables = jax.tree.map(lambda x: x.astype(jnp.float32), variables)
+    variables = evaluated_variables(state)
+    if branch == 'ensemble':
+        parts = split_ensemble(variables, method.num_branches)
+        variables = join_ensemble(parts, alike=len(set(method.members)) == 1)
+    else:
+        variables = student_variables(variables, branch)
+    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f'.{output.name}.'))
     try:
@@ -87,30 +102,40 @@ def export_student(directory: Path, output: Path, branch: int | None = None) -> 
     return student_lib.load_student(output)
 
 
-def _deployed_branch(config: Any) -> int:
-    deployed = methods.create(config).deployed
-    if not deployed.startswith('branch '):
-        raise ConfigError(
-            'branch', None, f'a number: {config.method.name!r} deploys the {deployed}'
-        )
-    return int(deployed.removeprefix('branch '))
+def _parse_branch(branch: int | str | None, method: methods.Method) -> int | str:
+    wanted = method.deployed.removeprefix('branch ') if branch is None else str(branch)
+    if wanted == 'ensemble' and method.num_branches > 1:
+        return wanted
+    if not (wanted.isdecimal() and int(wanted) < method.num_branches):
+        ensemble = ", or 'ensemble'" if method.num_branches > 1 else ''
+        raise ConfigError('branch', branch, f'0 to {method.num_branches - 1}{ensemble}')
+    return int(wanted)
 
 
 def _branch_metric(
-    evaluations: dict[str, dict[str, Any]], step: int, branch: int
+    evaluations: dict[str, dict[str, Any]], step: int, branch: int | str
 ) -> dict[str, Any] | None:
     """What the branch scored at this step, on the test split if it was evaluated there."""
+
+    def score(record: dict[str, Any], measure: str) -> float:
+        if branch == 'ensemble':
+            return record[f'ensemble_{measure}']
+        return record[f'branch_{measure}'][branch]
+
     for split in ('test', 'validation'):
         record = evaluations.get(split)
         if record is not None and record['step'] == step:
-            measures = {name: record[f'branch_{name}'][branch] for name in evaluate.MEASURES}
+            measures = {name: score(record, name) for name in evaluate.MEASURES}
             return {'split': split, **measures}
     return None
 
 
 def _write_folder(folder: Path, student: student_lib.Student, step: int) -> None:
     """Writes the files and reads them back: what is on disk must compute what the run computed."""
-    state_dict = torch_interop.to_state_dict(student.variables)
+    if student.num_branches > 1:
+        state_dict = torch_interop.ensemble_to_state_dict(student.variables, student.num_branches)
+    else:
+        state_dict = torch_interop.to_state_dict(student.variables)
     for name in [name for name in state_dict if name.endswith('.running_mean')]:
         counter = name.removesuffix('running_mean') + 'num_batches_tracked'
         state_dict[counter] = np.asarray(step, np.int64)
@@ -142,6 +167,10 @@ def export_program(student: student_lib.Student) -> bytes:
     return bytes(exported.serialize())
 
 
+def _in_words(branch: int | str) -> str:
+    return branch if branch == 'ensemble' else f'branch {branch}'
+
+
 def main() -> None:
     """Exports what the flags name."""
     if not flags.FLAGS.workdir or not flags.FLAGS.output:
@@ -151,7 +180,7 @@ def main() -> None:
     metric = student.config['metric'] or {}
     score = f', {metric["split"]} top-1 {metric["top1"]:.2f} %' if metric else ''
     print(
-        f'{output}: {student.config["network"]}, branch {student.config["branch"]}, '
+        f'{output}: {student.config["network"]}, {_in_words(student.config["branch"])}, '
         f'{student.config["parameters"]:,} parameters{score}'
     )
 
@@ -159,7 +188,7 @@ def main() -> None:
 if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'The directory of a run.')
     flags.DEFINE_string('output', None, 'The folder to write; it must not exist, or be empty.')
-    flags.DEFINE_integer(
-        'branch', None, "Which branch, from 0; the method's deployed one by default."
+    flags.DEFINE_string(
+        'branch', None, "Which branch, from 0, or 'ensemble'; what the method deploys by default."
     )
     command.run(main)

@@ -1,6 +1,7 @@
 """What the train step does to a batch, on the device, before the network sees it."""
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh
@@ -15,7 +16,7 @@ class Inputs:
     """One device's share of a batch.
 
     Attributes:
-      images: normalised, [b, H, W, 3].
+      images: normalised, [b, H, W, 3]; or [K, b, H, W, 3], where each member sees crops of its own.
       labels: [b], integers.
       targets: what the losses compare with: `labels` themselves, or probabilities [b, C] where
         labels are smoothed or mixed.
@@ -43,30 +44,46 @@ def training_inputs(
       labels: [b].
     """
     spec, config = recipe.spec, recipe.config
-    if spec.augment != 'none':
-        offsets, flips = augment.draw_crops(
-            key,
-            images.shape[0] * mesh.size,
-            spec.padding,
-            flip=spec.augment == 'pad_crop_flip',
-        )
-        offsets, flips = _own_share(offsets, mesh), _own_share(flips, mesh)
-        images = augment.crop_and_flip(images, offsets, flips, spec.padding)
-    normalised = augment.normalise(images, spec.mean, spec.std, config.model.dtype)
-    smoothing = config.train.label_smoothing
     alphas = config.data.mixup_alpha, config.data.cutmix_alpha
+    mix_key = jax.random.fold_in(key, 1)
+
+    def one_view(crop_key: jax.Array) -> tuple[jax.Array, jax.typing.ArrayLike]:
+        cropped = _crop(recipe, mesh, crop_key, images)
+        normalised = augment.normalise(cropped, spec.mean, spec.std, config.model.dtype)
+        if not any(alphas):
+            return normalised, 1.0
+        partners = _partners(cropped, mesh)
+        partners = augment.normalise(partners, spec.mean, spec.std, config.model.dtype)
+        return mixing.mix(mix_key, normalised, partners, *alphas)
+
+    if recipe.method.augments_members:
+        # The members' mixtures are alike: the labels are the same for all of them.
+        views = [
+            one_view(jax.random.fold_in(key, 2 + member))
+            for member in range(recipe.method.num_branches)
+        ]
+        normalised, ratio = jnp.stack([view for view, _ in views]), views[0][1]
+    else:
+        normalised, ratio = one_view(key)
+    smoothing = config.train.label_smoothing
     if not any(alphas) and not smoothing:
         return Inputs(normalised, labels, labels)
-
     targets = jax.nn.one_hot(labels, spec.num_classes)
     if any(alphas):
-        partners = augment.normalise(
-            _partners(images, mesh), spec.mean, spec.std, config.model.dtype
-        )
-        normalised, ratio = mixing.mix(jax.random.fold_in(key, 1), normalised, partners, *alphas)
         targets = ratio * targets + (1 - ratio) * _partners(targets, mesh)
     targets = (1 - smoothing) * targets + smoothing / spec.num_classes
     return Inputs(normalised, labels, targets)
+
+
+def _crop(recipe: Recipe, mesh: Mesh, key: jax.Array, images: jax.Array) -> jax.Array:
+    spec = recipe.spec
+    if spec.augment == 'none':
+        return images
+    offsets, flips = augment.draw_crops(
+        key, images.shape[0] * mesh.size, spec.padding, flip=spec.augment == 'pad_crop_flip'
+    )
+    offsets, flips = _own_share(offsets, mesh), _own_share(flips, mesh)
+    return augment.crop_and_flip(images, offsets, flips, spec.padding)
 
 
 def _own_share(values: jax.Array, mesh: Mesh) -> jax.Array:

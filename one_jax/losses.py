@@ -114,13 +114,15 @@ def one_loss(
     distill_weight: jax.typing.ArrayLike,
     *,
     mask: jax.typing.ArrayLike | None = None,
+    detach_teacher: bool = True,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of ONE (Lan, Zhu, Gong, NeurIPS 2018, equations 6 to 8).
 
         sum_i CE(branch_i) + CE(teacher) + distill_weight * T^2 sum_i KL(teacher || branch_i)
 
     Sums over branches, means over the batch. The teacher is a constant in the divergence, so that
-    what makes it (the gate) learns through its own cross-entropy alone.
+    what makes it (the gate) learns through its own cross-entropy alone; unless `detach_teacher` is
+    False, an ablation.
 
     Args:
       branch_logits: [K, B, C].
@@ -129,13 +131,16 @@ def one_loss(
       temperature: T, a scalar above 0.
       distill_weight: a scalar, which may be traced (weight times ramp).
       mask: [B], 0 for padding, or None.
+      detach_teacher: whether the divergence sends no gradient to the teacher.
 
     Returns:
       The scalar to minimise, and its unweighted terms: 'branch_cross_entropy' [K],
       'teacher_cross_entropy' (scalar), and 'distillation' [K] with T^2 applied.
     """
     chex.assert_rank([branch_logits, teacher_logits], [3, 2])
-    target = lax.stop_gradient(jnp.asarray(teacher_logits))
+    target = jnp.asarray(teacher_logits)
+    if detach_teacher:
+        target = lax.stop_gradient(target)
     divergence = jax.vmap(kl_divergence, in_axes=(None, 0, None))(
         target, jnp.asarray(branch_logits), temperature
     )

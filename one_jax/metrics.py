@@ -73,6 +73,33 @@ def prediction_sums(
     }
 
 
+def diversity_sums(
+    logits: jax.typing.ArrayLike, mask: jax.typing.ArrayLike
+) -> dict[str, jax.Array]:
+    """Sums over a batch of how far the branches are apart, the mean over their pairs.
+
+    Args:
+      logits: [K, B, C], K at least 2.
+      mask: [B], 0 for padding.
+
+    Returns:
+      'pairwise_l2', the Euclidean distance between two branches' softmax outputs (Lan et al. 2018,
+      section 4.4), and 'disagreement', 1 where their classes differ; and 'pair_examples'. Scalars.
+    """
+    logits = jnp.asarray(logits)
+    valid = jnp.asarray(mask).astype(bool)
+    first, second = np.triu_indices(logits.shape[0], k=1)
+    probabilities = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    distances = jnp.linalg.norm(probabilities[first] - probabilities[second], axis=-1)
+    classes = logits.argmax(axis=-1)
+    differ = (classes[first] != classes[second]).astype(distances.dtype)
+    return {
+        'pairwise_l2': distances.mean(axis=0).sum(where=valid),
+        'disagreement': differ.mean(axis=0).sum(where=valid),
+        'pair_examples': valid.sum().astype(distances.dtype),
+    }
+
+
 def add_sums(batches: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Adds up the `prediction_sums` of several batches on the host, in float64.
 
@@ -97,7 +124,7 @@ def summarise(sums: Mapping[str, Any]) -> dict[str, float | list]:
 
     Returns:
       'top1', 'top5' and 'ece' in percent, 'nll' in nats: Python floats, or lists over the leading
-      dimensions.
+      dimensions. With `diversity_sums`, 'pairwise_l2' and, in percent, 'disagreement' as floats.
 
     Raises:
       UserError: there is no example.
@@ -107,11 +134,16 @@ def summarise(sums: Mapping[str, Any]) -> dict[str, float | list]:
     if not examples.all():
         raise UserError('there are no examples to evaluate: give a split that is not empty')
     gap = np.abs(sums['bin_correct'] - sums['bin_confidence']).sum(axis=-1)
+    diversity = {}
+    if 'pair_examples' in sums:
+        diversity['pairwise_l2'] = (sums['pairwise_l2'] / sums['pair_examples']).tolist()
+        diversity['disagreement'] = (100 * sums['disagreement'] / sums['pair_examples']).tolist()
     return {
         'top1': (100 * sums['top1'] / examples).tolist(),
         'top5': (100 * sums['top5'] / examples).tolist(),
         'nll': (sums['nll'] / examples).tolist(),
         'ece': (100 * gap / examples).tolist(),
+        **diversity,
     }
 
 

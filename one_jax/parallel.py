@@ -41,21 +41,24 @@ def shard_batch(batch: Any, mesh: Mesh, spec: P = BATCH) -> Any:
 def data_parallel(
     step: Callable[..., Any], mesh: Mesh, batch_spec: P = BATCH, donate_state: bool = False
 ) -> Callable[..., Any]:
-    """Compiles `step(replicated, batch)` to run on every device's share of the batch.
+    """Compiles `step(replicated, batch, *constants)` to run on every device's share of the batch.
 
-    Inside, the first argument is whole and the second is the device's part; what it returns must be
-    equal on all devices, e.g. after `lax.pmean`. The checks of `shard_map` enforce that.
+    Inside, the second argument is the device's part and all others are whole; what it returns must
+    be equal on all devices, e.g. after `lax.pmean`. The checks of `shard_map` enforce that.
 
     Args:
-      step: a function of (replicated tree, batch).
+      step: a function of a replicated tree, a batch, and any number of other replicated trees.
       mesh: from `make_mesh`.
       batch_spec: `BATCH` or `STEPS_AND_BATCH`.
       donate_state: give the first argument's buffers to the result.
     """
-    return jax.jit(
-        jax.shard_map(step, mesh=mesh, in_specs=(P(), batch_spec), out_specs=P()),
-        donate_argnums=(0,) if donate_state else (),
-    )
+
+    def call(replicated, batch, *constants):
+        in_specs = (P(), batch_spec, *(P() for _ in constants))
+        sharded = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=P())
+        return sharded(replicated, batch, *constants)
+
+    return jax.jit(call, donate_argnums=(0,) if donate_state else ())
 
 
 def varying(tree: Any) -> Any:

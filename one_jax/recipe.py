@@ -6,8 +6,9 @@ from typing import Any
 import optax
 from flax import linen as nn
 
-from one_jax import methods, models, optimizer, parallel
+from one_jax import methods, models, optimizer, parallel, teachers
 from one_jax.data import datasets
+from one_jax.student import Student
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Recipe:
       spec: the data set's description, mean and std included.
       method: the distillation method.
       network: the branched network.
+      teachers: the frozen teachers.
       steps_per_epoch: whole batches in the training split.
       total_steps: of the run.
       schedule: learning rate by step.
@@ -29,6 +31,7 @@ class Recipe:
     spec: datasets.DatasetSpec
     method: methods.Method
     network: nn.Module
+    teachers: tuple[Student, ...]
     steps_per_epoch: int
     total_steps: int
     schedule: optax.Schedule
@@ -40,12 +43,16 @@ class Recipe:
 
 
 def make_recipe(config: Any, spec: datasets.DatasetSpec, steps_per_epoch: int) -> Recipe:
-    """Puts together what training needs; `config` is resolved and valid."""
+    """Puts together what training needs; `config` is resolved and valid.
+
+    Raises:
+      UserError: a frozen teacher cannot be read, or does not suit the data set.
+    """
     method = methods.create(config)
     network = models.make_network(
         config.model,
         spec.num_classes,
-        method.make_aggregator,
+        method,
         parallel.DATA_AXIS if config.sync_batch_norm else None,
     )
     total_steps = config.train.steps or config.train.epochs * steps_per_epoch
@@ -55,6 +62,7 @@ def make_recipe(config: Any, spec: datasets.DatasetSpec, steps_per_epoch: int) -
         spec,
         method,
         network,
+        teachers.load(method, spec),
         steps_per_epoch,
         total_steps,
         schedule,

@@ -74,10 +74,12 @@ class Run:
 
     @property
     def recipe(self) -> str:
-        """Equal for runs that differ in nothing but the seed."""
+        """Equal for runs that differ in nothing but the seed (their own and their teachers')."""
         fields = config_lib.flatten(self.config)
         ignored = {'seed', *config_lib.MACHINE_FIELDS}
-        return json.dumps({name: fields[name] for name in sorted(fields.keys() - ignored)})
+        teachers = (self.result or {}).get('teachers') or []
+        kinds = [[teacher.get('network'), teacher.get('method')] for teacher in teachers]
+        return json.dumps([{name: fields[name] for name in sorted(fields.keys() - ignored)}, kinds])
 
 
 def read_run(directory: str | Path) -> Run:

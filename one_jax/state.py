@@ -21,6 +21,7 @@ class TrainState:
       opt_state: the optimiser's.
       rng: raw PRNG key, uint32 [2]; every step folds its number into it, so it never changes.
       averages: exponential moving averages of parameters and statistics, or None.
+      method: what the method keeps from epoch to epoch, or None.
     """
 
     step: jax.Array
@@ -29,6 +30,7 @@ class TrainState:
     opt_state: optax.OptState
     rng: jax.Array
     averages: Any = None
+    method: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def init_state(
     image_shape: tuple[int, int, int],
     seed: int,
     with_averages: bool = False,
+    method_state: Any = None,
 ) -> TrainState:
     """A fresh state, the same for the same seed on any number of devices.
 
@@ -78,6 +81,7 @@ def init_state(
       image_shape: (H, W, 3).
       seed: below 2**32.
       with_averages: whether to keep exponential moving averages.
+      method_state: the method's own part.
     """
     init_key, rng = jax.random.split(jax.random.PRNGKey(seed))
     variables = network.init(init_key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
@@ -87,6 +91,7 @@ def init_state(
         batch_stats=variables['batch_stats'],
         opt_state=optimizer.init(variables['params']),
         rng=rng,
+        method=method_state,
     )
     # A copy, because the step gives both sets of buffers away.
     return (

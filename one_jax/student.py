@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ CONFIG, WEIGHTS, PROGRAM = 'config.json', 'student.safetensors', 'student.stable
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A trained plain network that takes images as they are.
+    """A trained network that takes images as they are: a plain one, or an ensemble of branches.
 
     Attributes:
       config: the content of the folder's `config.json`.
@@ -57,7 +58,17 @@ class Student:
     def predict(self, variables: Any, images: jax.Array) -> jax.Array:
         """The pure function behind the call: uint8 images [B, H, W, 3] to logits [B, C]."""
         normalised = augment.normalise(images, self.mean, self.std, jnp.float32)
-        return self.network.apply(variables, normalised, train=False).logits
+        return self.logits(variables, normalised)
+
+    def logits(self, variables: Any, normalised: jax.Array) -> jax.Array:
+        """Maps normalised images [B, H, W, 3] to logits [B, C]; of an ensemble, its mean logits."""
+        logits = self.network.apply(variables, normalised, train=False).logits
+        return logits.mean(axis=0) if self.num_branches > 1 else logits
+
+    @property
+    def num_branches(self) -> int:
+        """K of an ensemble, 1 of a plain network."""
+        return len(self.config.get('ensemble', {}).get('members', [None]))
 
     def check_data(self, spec: datasets.DatasetSpec) -> None:
         """Raises `UserError` where the data set has other classes or another image size."""
@@ -86,7 +97,7 @@ def load_student(directory: str | Path) -> Student:
             )
     config = workdir.read_json(directory / CONFIG)
     try:
-        network = models.make_backbone(config['network'], config['num_classes'])()
+        network = make_network(config)
         height, width = config['input_size']
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{str(directory / CONFIG)!r} describes no student: {error}') from None
@@ -99,5 +110,34 @@ def load_student(directory: str | Path) -> Student:
         jax.random.key(0),
         jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32),
     )
-    variables = torch_interop.from_state_dict(state_dict, template)
-    return Student(config, network, jax.tree.map(jnp.asarray, variables))
+    student = Student(config, network, template)
+    if student.num_branches > 1:
+        variables = torch_interop.ensemble_from_state_dict(
+            state_dict, template, student.num_branches
+        )
+    else:
+        variables = torch_interop.from_state_dict(state_dict, template)
+    return dataclasses.replace(student, variables=jax.tree.map(jnp.asarray, variables))
+
+
+def make_network(config: Mapping[str, Any]) -> nn.Module:
+    """The network that a student's config.json describes.
+
+    Args:
+      config: 'network' and 'num_classes'; of an ensemble also 'ensemble', with its 'members',
+        'share_stages' and 'share_stem'.
+    """
+    if 'ensemble' not in config:
+        return models.make_backbone(config['network'], config['num_classes'])()
+    ensemble = config['ensemble']
+    members = ensemble['members']
+    alike = len(set(members)) == 1
+    return models.MultiBranch(
+        make_backbones=tuple(
+            models.make_backbone(name, config['num_classes'])
+            for name in (members[:1] if alike else members)
+        ),
+        num_branches=len(members),
+        share_stages=ensemble['share_stages'],
+        share_stem=ensemble['share_stem'],
+    )

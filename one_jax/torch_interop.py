@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from one_jax.errors import UserError
+from one_jax.models import multibranch
 
 _LEAVES = {
     ('params', 'kernel'): 'weight',
@@ -82,3 +83,39 @@ def from_state_dict(state_dict: Mapping[str, np.ndarray], template: Mapping[str,
         return np.transpose(array, np.argsort(_axes(leaf))).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(take, dict(template))
+
+
+def ensemble_to_state_dict(variables: Mapping[str, Any], num_branches: int) -> dict[str, Any]:
+    """An ensemble's variables as a state dict: the trunk's names as in the plain network, those of
+    head i behind 'branches.i.'.
+
+    Args:
+      variables: of a `MultiBranch`; its aggregator is left out.
+      num_branches: K.
+    """
+    state_dict = {}
+    for part, tree in multibranch.split_ensemble(variables, num_branches).items():
+        prefix = '' if part == 'trunk' else f'{part}.'
+        state_dict |= {prefix + name: array for name, array in to_state_dict(tree).items()}
+    return state_dict
+
+
+def ensemble_from_state_dict(
+    state_dict: Mapping[str, np.ndarray], template: Mapping[str, Any], num_branches: int
+) -> Any:
+    """The inverse of `ensemble_to_state_dict`; the arguments and errors are `from_state_dict`'s."""
+    templates = jax.eval_shape(
+        lambda variables: multibranch.split_ensemble(variables, num_branches), template
+    )
+    parts, taken = {}, set()
+    for part, tree in templates.items():
+        prefix = f'{part}.'
+        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        if part == 'trunk':
+            own = {k: v for k, v in state_dict.items() if not k.startswith('branches.')}
+            prefix = ''
+        taken |= {prefix + name for name in own}
+        parts[part] = from_state_dict(own, tree)
+    if unknown := sorted(state_dict.keys() - taken):
+        raise UserError(f'the weights do not fit the network: unknown {"; unknown ".join(unknown)}')
+    return multibranch.join_ensemble(parts, alike='head' in template['params'])

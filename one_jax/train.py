@@ -20,14 +20,17 @@ from one_jax import (
     checkpoint,
     evaluate,
     losses,
+    methods,
     metrics,
     models,
     parallel,
+    teachers,
     workdir,
 )
 from one_jax import config as config_lib
 from one_jax.analysis import curves
 from one_jax.data import datasets, resident, streaming
+from one_jax.errors import ConfigError
 from one_jax.inputs import training_inputs
 from one_jax.interrupt import Interrupted, StopRequest
 from one_jax.models import cost
@@ -42,20 +45,26 @@ MAX_CALLS_IN_FLIGHT = 4
 
 def make_train_step(
     recipe: Recipe, mesh: Mesh
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The compiled train step of any method, data-parallel over `mesh`.
 
     Returns:
-      A function of the state (whose buffers it takes over) and n batches: 'image' uint8
-      [n, B, H, W, 3], 'label' [n, B], 'mask' [n, B]. It does n steps and returns the new state and
-      the metrics of each, with n in front.
+      A function of the state (whose buffers it takes over), n batches ('image' uint8
+      [n, B, H, W, 3], 'label' [n, B], 'mask' [n, B]) and the variables of each frozen teacher. It
+      does n steps and returns the new state and the metrics of each, with n in front.
     """
 
-    def step(state: TrainState, batch: dict[str, jax.Array]):
+    def step(teacher_variables: tuple[Any, ...], state: TrainState, batch: dict[str, jax.Array]):
         key = jax.random.fold_in(state.rng, state.step)
         inputs = training_inputs(recipe, mesh, key, batch['image'], batch['label'])
         mask = batch['mask']
-        progress = (state.step // recipe.steps_per_epoch) / recipe.total_epochs
+        context = methods.Context(
+            labels=inputs.targets,
+            mask=mask,
+            progress=(state.step // recipe.steps_per_epoch) / recipe.total_epochs,
+            teacher_logits=teachers.logits(recipe.teachers, teacher_variables, inputs.images),
+            method_state=state.method,
+        )
 
         def loss_function(params):
             outputs, updated = recipe.network.apply(
@@ -64,7 +73,7 @@ def make_train_step(
                 train=True,
                 mutable=['batch_stats'],
             )
-            loss, terms = recipe.method.loss(outputs, inputs.targets, mask, progress)
+            loss, terms = recipe.method.loss(outputs, context.replace(params=params))
             return loss, (outputs, terms, updated['batch_stats'])
 
         (loss, (outputs, terms, batch_stats)), gradients = jax.value_and_grad(
@@ -85,11 +94,12 @@ def make_train_step(
         )
         return state.with_averages(recipe.config.train.ema_decay), scalars
 
-    def steps(state: TrainState, batches: dict[str, jax.Array]):
+    def steps(state: TrainState, batches: dict[str, jax.Array], *teacher_variables: Any):
+        one_step = functools.partial(step, parallel.varying(teacher_variables))
         # A scan over convolutions loses XLA's threads on CPU and is far slower: one step is none.
         if batches['label'].shape[0] > 1:
-            return lax.scan(step, state, batches)
-        state, scalars = step(state, jax.tree.map(lambda x: x[0], batches))
+            return lax.scan(one_step, state, batches)
+        state, scalars = one_step(state, jax.tree.map(lambda x: x[0], batches))
         return state, jax.tree.map(lambda x: x[None], scalars)
 
     return parallel.data_parallel(steps, mesh, parallel.STEPS_AND_BATCH, donate_state=True)
@@ -141,6 +151,7 @@ def train_and_evaluate(config: Any, directory: str | Path) -> dict[str, Any]:
     ) as checkpoints:
         state, progress = _start_or_resume(recipe, mesh, checkpoints)
         progress['data'] = _describe(dataset)
+        _check_teachers(recipe, progress)
         state = _train(recipe, mesh, batches, evaluator, state, progress, checkpoints, directory)
     result = _result(recipe, progress, directory.name, mesh)
     curves.plot_run(metrics.read_records(directory), directory / workdir.CURVES)
@@ -163,6 +174,7 @@ def _start_or_resume(
         recipe.spec.image_shape,
         recipe.config.seed,
         with_averages=recipe.config.train.ema_decay > 0,
+        method_state=recipe.method.initial_state(),
     )
     replicated = NamedSharding(mesh, P())
     template = jax.tree.map(
@@ -175,6 +187,19 @@ def _start_or_resume(
         return state, {'seconds': 0.0, 'window': [], 'evaluations': {}}
     print(f'resumes after step {restored.step} of {recipe.total_steps}')
     return restored.state, restored.progress
+
+
+def _check_teachers(recipe: Recipe, progress: dict[str, Any]) -> None:
+    """Notes the frozen teachers in `progress`; those of a resumed run must be the same."""
+    described = teachers.describe(recipe.method, recipe.teachers)
+    for before, now in zip(progress.get('teachers', described), described, strict=True):
+        if before['sha256'] != now['sha256']:
+            raise ConfigError(
+                'method.teachers',
+                recipe.config.method.teachers,
+                'the teachers with which the run began: the weights of one are others now',
+            )
+    progress['teachers'] = described
 
 
 def _describe(dataset: datasets.Dataset | datasets.StreamedDataset) -> dict[str, Any]:
@@ -197,6 +222,7 @@ def _train(
     """Trains from `state` to the last step; `progress` is brought up to date on the way."""
     settings, steps_per_epoch = recipe.config.train, recipe.steps_per_epoch
     train_step = make_train_step(recipe, mesh)
+    teacher_variables = parallel.replicate([t.variables for t in recipe.teachers], mesh)
     window = [
         {name: np.asarray(values) for name, values in entry.items()} for entry in progress['window']
     ]
@@ -225,10 +251,12 @@ def _train(
                 (step // steps_per_epoch + 1) * steps_per_epoch,
                 recipe.total_steps,
             )
+            if recipe.method.needs_validation and step % steps_per_epoch == 0:
+                state = evaluator.refresh(state)
             count = min(settings.steps_per_call, record_at - step)
             batch = _stack(list(itertools.islice(stream, count)))
             batch = parallel.shard_batch(batch, mesh, parallel.STEPS_AND_BATCH)
-            state, scalars = train_step(state, batch)
+            state, scalars = train_step(state, batch, *teacher_variables)
             window.append(scalars)
             if len(window) > MAX_CALLS_IN_FLIGHT:
                 jax.block_until_ready(window[-MAX_CALLS_IN_FLIGHT])
@@ -288,13 +316,23 @@ def _selection_metrics(progress: dict[str, Any], step: int) -> dict[str, float] 
 def _result(recipe: Recipe, progress: dict[str, Any], name: str, mesh: Mesh) -> dict[str, Any]:
     """The content of `result.json`: the test split after the last step, never a chosen epoch."""
     config, spec = recipe.config, recipe.spec
+    method = recipe.method
     parameters, flops = cost.forward_cost(recipe.network, spec.image_shape)
-    deployed = recipe.method.deployed
-    if deployed == 'ensemble':
-        deployed_parameters, deployed_flops = parameters, flops
+    costs = {
+        name: cost.forward_cost(models.make_backbone(name, spec.num_classes)(), spec.image_shape)
+        for name in set(method.members)
+    }
+    if method.deployed == 'ensemble':
+        ensemble = recipe.network.clone(make_aggregator=None)
+        deployed_parameters, deployed_flops = cost.forward_cost(ensemble, spec.image_shape)
     else:
-        plain = models.make_backbone(config.model.name, spec.num_classes)()
-        deployed_parameters, deployed_flops = cost.forward_cost(plain, spec.image_shape)
+        deployed = method.members[int(method.deployed.removeprefix('branch '))]
+        deployed_parameters, deployed_flops = costs[deployed]
+    unlike = {}
+    if len(costs) > 1:
+        unlike['branch_network'] = list(method.members)
+        unlike['branch_parameters'] = [costs[name][0] for name in method.members]
+        unlike['branch_flops'] = [costs[name][1] for name in method.members]
     return {
         'name': name,
         'method': config.method.name,
@@ -305,7 +343,9 @@ def _result(recipe: Recipe, progress: dict[str, Any], name: str, mesh: Mesh) -> 
         'split': 'test',
         **progress['evaluations']['test'],
         **{f'validation_{k}': v for k, v in progress['evaluations'].get('validation', {}).items()},
-        'deployed': deployed,
+        'deployed': method.deployed,
+        **unlike,
+        'teachers': progress['teachers'],
         'parameters': parameters,
         'deployed_parameters': deployed_parameters,
         'flops': flops,

@@ -57,10 +57,7 @@ def read_config(workdir: Path) -> Any:
     """
     if not (workdir / CONFIG).is_file():
         raise UserError(f'workdir={str(workdir)!r} holds no run: there is no {CONFIG} in it')
-    config = config_lib.default_config()
-    with config.unlocked():
-        config.update(read_json(workdir / CONFIG))
-    return config_lib.resolve(config)
+    return config_lib.stored_config(read_json(workdir / CONFIG))
 
 
 def read_json(path: Path) -> Any:

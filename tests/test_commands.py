@@ -175,7 +175,14 @@ BAD_INPUT = {
     'unknown network': (['--config.model.name=resnet33'], ['model.name', "'resnet33'", '6n + 2']),
     'unknown method': (['--config.method.name=two'], ['method.name', "'two'", "'one'", "'plain'"]),
     'no branches': (['--config.model.num_branches=0'], ['model.num_branches', '0', 'at least']),
-    'one branch': (['--config.model.num_branches=1'], ['model.num_branches', '1', 'at least 2']),
+    'branches of the plain network': (
+        ['--config.method.name=plain', '--config.model.num_branches=3'],
+        ['model.num_branches', '3', 'exactly 1'],
+    ),
+    "another method's field": (
+        ['--config.method.name=plain', '--config.method.temperature=3'],
+        ['method.temperature', '3', "'plain'"],
+    ),
     'temperature 0': (['--config.method.temperature=0'], ['method.temperature', '0', 'above 0']),
     'not a number': (['--config.optimizer.learning_rate=nan'], ['learning_rate', 'nan', '0']),
     'share_stages': (['--config.model.share_stages=3'], ['model.share_stages', '3', '0 to 2']),

@@ -18,10 +18,10 @@ IMAGE_SHAPE = (32, 32, 3)
 
 def branched(name, num_classes=10, num_branches=3, share_stages=2, **kwargs):
     return multibranch.MultiBranch(
-        models.make_backbone(name, num_classes, **kwargs),
+        (models.make_backbone(name, num_classes, **kwargs),),
         num_branches,
         share_stages,
-        functools.partial(aggregators.Gate, num_branches),
+        make_aggregator=functools.partial(aggregators.Gate, num_branches),
     )
 
 
@@ -133,7 +133,7 @@ def test_dense_and_grouped_branches_have_equal_outputs_and_gradients():
 
 def test_one_branch_without_aggregator_is_the_plain_network():
     make_backbone = models.make_backbone('resnet8', 10)
-    network = multibranch.MultiBranch(make_backbone, num_branches=1, share_stages=2)
+    network = multibranch.MultiBranch((make_backbone,), num_branches=1, share_stages=2)
     images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     variables = init(network, images)
     assert set(variables['params']) == {'trunk', 'head'}

@@ -283,7 +283,7 @@ def test_shapes_at_every_cut(name):
     assert make_backbone().num_stages == len(MAPS[name])
     x = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
     for number, (size, channels) in enumerate(MAPS[name], start=1):
-        segment = make_backbone(begin=number - 1, end=number)
+        segment = make_backbone(begin=number - 1 or None, end=number)
         x, _ = jax.eval_shape(
             lambda maps, segment=segment: segment.init_with_output(jax.random.key(0), maps, False),
             x,

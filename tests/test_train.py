@@ -210,7 +210,7 @@ def test_a_branch_of_the_trained_state_is_a_student():
     state, _ = setting.run(num_devices=1, num_steps=1)
     student = multibranch.student_variables(state.variables, 1)
     images = jnp.zeros((2, 8, 8, 3))
-    plain = setting.recipe.network.make_backbone()
+    plain = setting.recipe.network.make_backbones[0]()
     logits, outputs = jax.jit(
         lambda student, variables: (
             plain.apply(student, images, train=False).logits,

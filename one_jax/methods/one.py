@@ -1,4 +1,4 @@
-"""ONE, the on-the-fly native ensemble (Lan, Zhu, Gong, NeurIPS 2018)."""
+"""ONE, the on-the-fly native ensemble (Lan, Zhu, Gong, NeurIPS 2018), and its ablations."""
 
 import functools
 from collections.abc import Callable
@@ -7,40 +7,61 @@ import jax
 from flax import linen as nn
 
 from one_jax import losses
-from one_jax.methods.base import Method, Terms, register
-from one_jax.models.aggregators import Gate
+from one_jax.methods.base import Context, Method, Terms, register
+from one_jax.models.aggregators import Gate, Mean
 from one_jax.models.multibranch import Outputs
 
 
 @register
 class One(Method):
-    """Branches that learn from the labels and from their gated ensemble (equations 3 to 7)."""
+    """Branches that learn from the labels and from their gated ensemble (equations 3 to 7).
+
+    The paper's ablations: `distill_weight=0` (no online distillation), `model.share_stages=0` (no
+    sharing; the gate then sees the image), `teacher='mean'` (no gate), `model.num_branches` 1 to 5.
+    One branch is the plain network with one cross-entropy, as in the paper's table; there is no
+    teacher then.
+    """
 
     name = 'one'
     defaults = {  # noqa: RUF012
         'temperature': 3.0,
         'distill_weight': 1.0,
-        # 80 of the paper's 300 epochs.
+        # 80 of the paper's 300 epochs; 0 is no ramp.
         'rampup_fraction': 80 / 300,
+        # 'gate' (learnt weights for each image) or 'mean' (uniform weights).
+        'teacher': 'gate',
+        # Whether the teacher is a constant in the divergence; if not, it is pulled to the branches.
+        'detach_teacher': True,
     }
-    # One branch would be its own teacher: the paper's row "1 branch" is the plain network.
-    min_branches = 2
+
+    def validate(self) -> None:
+        super().validate()
+        self.check_choice('teacher', ('gate', 'mean'))
 
     @property
-    def make_aggregator(self) -> Callable[..., nn.Module]:
+    def make_aggregator(self) -> Callable[..., nn.Module] | None:
+        if self.num_branches == 1:
+            return None
+        if self.settings['teacher'] == 'mean':
+            return Mean
         return functools.partial(Gate, num_branches=self.num_branches)
 
-    def loss(
-        self, outputs: Outputs, labels: jax.Array, mask: jax.Array | None, progress: jax.Array
-    ) -> tuple[jax.Array, Terms]:
-        weight = self.distill_weight(progress)
+    def loss(self, outputs: Outputs, context: Context) -> tuple[jax.Array, Terms]:
+        if self.num_branches == 1:
+            branch = losses.cross_entropy(outputs.logits, context.labels)
+            branch = losses.batch_mean(branch, context.mask)
+            return branch.sum(), {'branch_cross_entropy': branch}
+        weight = self.distill_weight(context.progress)
         loss, terms = losses.one_loss(
             outputs.logits,
             outputs.teacher_logits,
-            labels,
+            context.labels,
             self.settings['temperature'],
             weight,
-            mask=mask,
+            mask=context.mask,
+            detach_teacher=self.settings['detach_teacher'],
         )
-        gate_weights = losses.batch_mean(outputs.weights.T, mask)
-        return loss, {**terms, 'distill_weight': weight, 'gate_weights': gate_weights}
+        terms = {**terms, 'distill_weight': weight}
+        if outputs.weights is not None:
+            terms['gate_weights'] = losses.batch_mean(outputs.weights.T, context.mask)
+        return loss, terms

@@ -16,6 +16,9 @@ The others, each described where it is defined:
 - for tests and smoke runs, compiled in seconds: `resnet8`, `resnet11_bottleneck`, `resnext11_2x8d`,
   `densenet16_4`, `wrn10_1`, `vgg6_tiny`, `resnet10_tiny`, `resnet14_tiny`, `resnext14_tiny`,
   `seresnet10_tiny`.
+
+`resnet32@0.6` is `resnet32` with its stages' channels at 60 %, rounded; the stem stays as it is.
+ResNets without groups, wide ResNets and VGG can be scaled so.
 """
 
 import functools
@@ -24,10 +27,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
 
 from one_jax.errors import ConfigError
-from one_jax.models import densenet, resnet_cifar, resnet_imagenet, resnext_cifar, vgg, wide_resnet
+from one_jax.models import (
+    densenet,
+    resnet,
+    resnet_cifar,
+    resnet_imagenet,
+    resnext_cifar,
+    vgg,
+    wide_resnet,
+)
 from one_jax.models.backbone import Backbone
 from one_jax.models.multibranch import MultiBranch
 
@@ -49,6 +59,8 @@ def network(name: str) -> Callable[..., Backbone]:
     """
     if name in NETWORKS:
         return NETWORKS[name]
+    if scaled := re.fullmatch(r'([^@]+)@(0\.\d+|1)', name):
+        return _scaled(network(scaled[1]), name, float(scaled[2]))
     depth = re.fullmatch(r'resnet([1-9]\d*)', name)
     # 152 is of the form too, but the field reads it as ImageNet's.
     if depth and int(depth[1]) >= 8 and int(depth[1]) % 6 == 2 and int(depth[1]) != 152:
@@ -57,6 +69,16 @@ def network(name: str) -> Callable[..., Backbone]:
     raise ConfigError(
         'model.name', name, f'one of {known}, or resnetN with N = 6n + 2: resnet8, resnet20, ...'
     )
+
+
+def _scaled(constructor: Callable[..., Backbone], name: str, ratio: float) -> Callable:
+    example = constructor(num_classes=2)
+    grouped = getattr(getattr(example, 'block', None), 'keywords', {}).get('groups', 1) > 1
+    if grouped or not isinstance(example, resnet.ResNet | wide_resnet.WideResNet | vgg.VGG):
+        raise ConfigError('model.name', name, 'a ResNet without groups, wide ResNet or VGG')
+    if not ratio > 0:
+        raise ConfigError('model.name', name, 'a width above 0 and at most 1, as in resnet32@0.6')
+    return functools.partial(constructor, width_ratio=ratio)
 
 
 def make_backbone(
@@ -79,27 +101,33 @@ def make_backbone(
 def make_network(
     model_config: Any,
     num_classes: int,
-    make_aggregator: Callable[..., nn.Module] | None,
+    method: Any = None,
     norm_axis_name: str | None = None,
 ) -> MultiBranch:
-    """The network that is trained, from the group `model` of the configuration.
+    """The network that is trained, from the group `model` of a resolved configuration.
 
     Args:
       model_config: `name`, `num_branches`, `share_stages`, `dtype`, `branch_conv`.
       num_classes: of the data set.
-      make_aggregator: the method's, or None.
+      method: a `methods.Method`, for its members and its aggregator; None for the members of
+        `model_config` alone.
       norm_axis_name: mesh axis of synchronised batch normalisation, or None.
     """
     dtype = jnp.dtype(model_config.dtype)
+    names = method.members if method else (model_config.name,) * model_config.num_branches
+    make_aggregator = method.make_aggregator if method else None
     if make_aggregator is not None:
         make_aggregator = functools.partial(
             make_aggregator, dtype=dtype, norm_axis_name=norm_axis_name
         )
     return MultiBranch(
-        make_backbone=make_backbone(
-            model_config.name, num_classes, dtype, norm_axis_name, model_config.branch_conv
+        make_backbones=tuple(
+            make_backbone(name, num_classes, dtype, norm_axis_name, model_config.branch_conv)
+            for name in (names[:1] if len(set(names)) == 1 else names)
         ),
-        num_branches=model_config.num_branches,
+        num_branches=len(names),
         share_stages=model_config.share_stages,
+        share_stem=method.shares_stem if method else False,
         make_aggregator=make_aggregator,
+        trunk_gradient=method.trunk_gradient if method else 1.0,
     )

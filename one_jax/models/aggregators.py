@@ -14,15 +14,36 @@ from one_jax.models.backbone import HeadOutputs
 
 @struct.dataclass
 class Aggregate:
-    """What an aggregator gives.
+    """What an aggregator gives; None where it has no such thing.
 
     Attributes:
-      teacher_logits: [B, C].
-      weights: convex weights of the branches for every image, [B, K], or None where there are none.
+      teacher_logits: the one teacher that is evaluated and recorded, [B, C].
+      weights: convex weights of the branches for every image, [B, K].
+      targets: where every member has a teacher of its own, their logits [M, B, C].
+      extra: anything else that the method's loss wants.
     """
 
-    teacher_logits: jax.Array
+    teacher_logits: jax.Array | None = None
     weights: jax.Array | None = None
+    targets: jax.Array | None = None
+    extra: Any = None
+
+
+class Mean(nn.Module):
+    """The uniform mean of the members' logits: ONE without its gate.
+
+    Attributes:
+      dtype: of the computation of the network around it.
+      norm_axis_name: unused: it has no layers.
+    """
+
+    dtype: Any = jnp.float32
+    norm_axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, shared: jax.Array, members: HeadOutputs, train: bool) -> Aggregate:
+        """The arguments are `Gate`'s."""
+        return Aggregate(members.logits.mean(axis=0))
 
 
 class Gate(nn.Module):

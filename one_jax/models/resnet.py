@@ -100,6 +100,6 @@ class ResNet(Backbone):
     def stage(self, x: jax.Array, number: int, conv: Callable, norm: Callable) -> jax.Array:
         for index in range(self.stage_sizes[number - 1]):
             stride = 2 if number > 1 and index == 0 else 1
-            width = self.width * 2 ** (number - 1)
+            width = self.scaled(self.width * 2 ** (number - 1))
             x = self.block(width, stride, conv, norm, name=f'layer{number}_{index}')(x)
         return x

@@ -58,7 +58,7 @@ class VGG(Backbone):
         # PyTorch's position in the sequence: convolution, normalisation and ReLU, and the pools.
         position = sum(3 * len(group) + 1 for group in self.widths[: number - 1])
         for width in self.widths[number - 1]:
-            x = conv(width, 3, use_bias=True, name=f'features_{position}')(x)
+            x = conv(self.scaled(width), 3, use_bias=True, name=f'features_{position}')(x)
             x = nn.relu(norm(name=f'features_{position + 1}')(x))
             position += 3
         return nn.max_pool(x, (2, 2), strides=(2, 2))

@@ -74,7 +74,7 @@ class WideResNet(Backbone):
     def stage(self, x: jax.Array, number: int, conv: Callable, norm: Callable) -> jax.Array:
         for index in range(self.blocks_per_stage):
             stride = 2 if number > 1 and index == 0 else 1
-            width = self.widening * 16 * 2 ** (number - 1)
+            width = self.scaled(self.widening * 16 * 2 ** (number - 1))
             x = PreActivationBlock(width, stride, conv, norm, name=f'layer{number}_{index}')(x)
         return x
 
