@@ -10,23 +10,9 @@ Variants: `:few` 50 training images of each class, 300 steps (`make demo`); `:pl
     alone; `:smoke` four steps on generated images.
 """
 
-from one_jax import config as config_lib
+from one_jax import recipes
 
 
 def get_config(options: str = ''):
     """The recipe with the comma-separated `options` applied."""
-    config = config_lib.default_config()
-    config.model.name = 'resnet8'
-    config.data.name = 'mnist5k'
-    config.data.batch_size = 100
-    config.optimizer.weight_decay = 5e-4
-    config.optimizer.schedule = 'cosine'
-    config.train.epochs = 12
-    config.train.log_every = 20
-    few = {
-        'data.examples_per_class': 50,
-        'train.epochs': 60,
-        'train.eval_every_epochs': 4,
-        'train.checkpoint_every_epochs': 4,
-    }
-    return config_lib.apply_options(config, options, few=few)
+    return recipes.mnist5k(options)

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from one_jax import processes
 from one_jax.errors import ConfigError, UserError
 from one_jax.named_arrays import form, in_words, named_leaves, nest, place
 
@@ -318,6 +319,17 @@ class Checkpoints:
         (path / _CHECKSUMS).write_text(_checksums(path))
 
     def _verify(self, step: int) -> None:
+        """Raises `_DamagedError` in all processes if process 0 finds a step damaged."""
+        error = None
+        if processes.is_first():
+            try:
+                self._verify_files(step)
+            except Exception as raised:  # whatever it is, the other processes wait for the answer
+                error = raised
+        if processes.from_first(int(error is not None)):
+            raise error or _DamagedError('process 0 cannot read it')
+
+    def _verify_files(self, step: int) -> None:
         path = self.directory / str(step)
         try:
             saved = (path / _CHECKSUMS).read_text().splitlines()
@@ -373,7 +385,7 @@ class Checkpoints:
             logger.warning('skipped the damaged checkpoint %s (%s)', path, error)
             return
         folder = self.directory.parent / _DAMAGED
-        if ocp.multihost.is_primary_host(0):
+        if processes.is_first():
             copies = sum(
                 1 for old in folder.glob(f'{step}*') if old.name.split('-')[0] == str(step)
             )
@@ -381,12 +393,12 @@ class Checkpoints:
             folder.mkdir(exist_ok=True)
             path.rename(target)
             logger.warning('moved the damaged checkpoint %s to %s (%s)', path, target, error)
-        ocp.multihost.sync_global_processes('one_jax:set_aside')
+        processes.wait_for_all('set_aside')
         if self._manager is not None:
             self._manager.reload()
 
     def _delete_expired(self) -> None:
-        if ocp.multihost.is_primary_host(0):
+        if processes.is_first():
             shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
 
 

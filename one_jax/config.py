@@ -91,8 +91,10 @@ def default_config() -> config_dict.ConfigDict:
 
     config.optimizer = optimizer = config_dict.ConfigDict()
     # Learning rate after the warm-up, for the global batch as it is (never scaled behind your
-    # back).
+    # back), unless the next field is set.
     optimizer.learning_rate = 0.1
+    # Batch size for which that rate holds; others scale it in proportion. 0: no scaling.
+    optimizer.reference_batch_size = 0
     # Momentum of SGD.
     optimizer.momentum = 0.9
     # Nesterov momentum, or plain.
@@ -127,6 +129,12 @@ def default_config() -> config_dict.ConfigDict:
     train.keep_checkpoints = 2
     # Train steps per call of the compiled function; more than 1 is for accelerators.
     train.steps_per_call = 1
+    # Parts into which each device's batch is cut, one after the other, to save memory; batch
+    # normalisation sees each part by itself.
+    train.accumulation_steps = 1
+    # How many steps in a row may be skipped because loss or gradient is not finite; 0: the run
+    # stops at the first.
+    train.skip_nonfinite_steps = 0
     # Where compiled programs are kept for the next run; empty leaves JAX's own setting, none.
     train.compilation_cache_dir = '~/.cache/one_jax'
     return config.lock()
@@ -216,7 +224,16 @@ def validate(config: config_dict.ConfigDict, num_devices: int = 1) -> datasets.D
         raise ConfigError(
             'model.share_stages', method.share_stages, '0, where each member sees its own images'
         )
-    return validate_data(config.data, num_devices)
+    spec = validate_data(config.data, num_devices)
+    parts = num_devices * config.train.accumulation_steps
+    if config.data.batch_size % parts:
+        raise ConfigError(
+            'train.accumulation_steps',
+            config.train.accumulation_steps,
+            f'such that {num_devices} devices times it divide data.batch_size='
+            f'{config.data.batch_size}',
+        )
+    return spec
 
 
 def validate_data(data: config_dict.ConfigDict, num_devices: int = 1) -> datasets.DatasetSpec:
@@ -241,6 +258,7 @@ _AT_LEAST = {
     'data.mixup_alpha': 0,
     'data.cutmix_alpha': 0,
     'optimizer.learning_rate': 0,
+    'optimizer.reference_batch_size': 0,
     'optimizer.weight_decay': 0,
     'optimizer.decay_factor': 0,
     'optimizer.warmup_epochs': 0,
@@ -251,6 +269,8 @@ _AT_LEAST = {
     'train.checkpoint_every_epochs': 1,
     'train.keep_checkpoints': 1,
     'train.steps_per_call': 1,
+    'train.accumulation_steps': 1,
+    'train.skip_nonfinite_steps': 0,
 }
 
 

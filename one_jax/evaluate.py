@@ -1,11 +1,10 @@
 """Exact evaluation of every branch, the teacher and the ensemble; also of an exported student.
 
 python -m one_jax.evaluate --workdir=DIR
-python -m one_jax.evaluate --student=DIR [--config=configs/X.py]
+python -m one_jax.evaluate --student=DIR[,DIR...] [--config=configs/X.py]
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +42,13 @@ def predictor_logits(outputs: Outputs) -> jax.Array:
 
 def make_evaluation_step(
     predict: Callable[[Any, jax.Array], jax.Array],
-    spec: datasets.DatasetSpec,
     mesh: Mesh,
     num_branches: int = 1,
 ) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
     """The compiled evaluation of one batch, data-parallel over `mesh`.
 
     Args:
-      predict: maps (variables, normalised images [b, H, W, 3]) to logits [P, b, C].
-      spec: the data set's description, for its mean and standard deviation.
+      predict: maps (variables, uint8 images [b, H, W, 3]) to logits [P, b, C].
       mesh: devices.
       num_branches: how many of the first predictors are branches, between which diversity is
         measured.
@@ -62,8 +59,7 @@ def make_evaluation_step(
     """
 
     def step(variables, batch):
-        images = augment.normalise(batch['image'], spec.mean, spec.std, jnp.float32)
-        logits = predict(variables, images)
+        logits = predict(variables, batch['image'])
         sums = metrics.prediction_sums(logits, batch['label'], batch['mask'])
         if num_branches > 1:
             sums |= metrics.diversity_sums(logits[:num_branches], batch['mask'])
@@ -119,20 +115,6 @@ def one_line(epoch: float, split: str, record: dict[str, Any]) -> str:
     return line if teacher is None else f'{line}  teacher {teacher:.2f}'
 
 
-def make_held_out_step(
-    method: methods.Method, network: models.MultiBranch, spec: datasets.DatasetSpec, mesh: Mesh
-) -> Callable[[Any, dict[str, jax.Array]], Any]:
-    """The compiled sums over one batch of held-out images, for a method that wants them."""
-
-    def step(variables, batch):
-        images = augment.normalise(batch['image'], spec.mean, spec.std, jnp.float32)
-        logits = network.apply(variables, images, train=False).logits
-        sums = method.held_out_sums(logits, batch['label'], batch['mask'])
-        return lax.psum(sums, parallel.DATA_AXIS)
-
-    return parallel.data_parallel(step, mesh)
-
-
 class Evaluator:
     """Evaluates a branched network on the splits of a data set.
 
@@ -153,15 +135,24 @@ class Evaluator:
         mesh: Mesh,
     ):
         self._config, self._method, self._dataset, self._mesh = config, method, dataset, mesh
+        spec = dataset.spec
+
+        def apply(variables: Any, images: jax.Array) -> Outputs:
+            normalised = augment.normalise(images, spec.mean, spec.std, jnp.float32)
+            return network.apply(variables, normalised, train=False)
+
         self._step = make_evaluation_step(
-            lambda variables, images: predictor_logits(
-                network.apply(variables, images, train=False)
-            ),
-            dataset.spec,
+            lambda variables, images: predictor_logits(apply(variables, images)),
             mesh,
             method.num_branches,
         )
-        self._held_out_step = make_held_out_step(method, network, dataset.spec, mesh)
+
+        def held_out_sums(variables: Any, batch: dict[str, jax.Array]) -> Any:
+            logits = apply(variables, batch['image']).logits
+            sums = method.held_out_sums(logits, batch['label'], batch['mask'])
+            return lax.psum(sums, parallel.DATA_AXIS)
+
+        self._held_out_step = parallel.data_parallel(held_out_sums, mesh)
 
     def splits(self, final: bool) -> list[str]:
         """What to evaluate: held-out images where there are some; in the end, all splits."""
@@ -207,41 +198,57 @@ def evaluate_workdir(directory: Path) -> dict[str, Any]:
     return {'step': step, 'split': 'test', **record}
 
 
-def evaluate_student(directory: Path, config: Any | None = None) -> dict[str, Any]:
-    """Evaluates an exported student on the test split of its own data set, or of `config`'s.
+def evaluate_students(directories: Sequence[Path], config: Any | None = None) -> dict[str, Any]:
+    """Evaluates exported students on the test split of their own data set, or of `config`'s.
+
+    Several students are the branches of a seed ensemble: each is evaluated, and so are the mean of
+    their logits and the diversity between them.
 
     Raises:
-      UserError: the folder holds no student, or the data set does not suit it.
+      UserError: a folder holds no student, or the data set does not suit it.
     """
-    student = student_lib.load_student(directory)
+    students = [student_lib.load_student(directory) for directory in directories]
     mesh = parallel.make_mesh()
     if config is None:
         config = config_lib.default_config()
-        config.data.update(student.config['data'])
+        config.data.update(students[0].config['data'])
     spec = config_lib.validate_data(config.data, mesh.size)
-    student.check_data(spec)
+    for student in students:
+        student.check_data(spec)
     dataset = datasets.load(config.data)
-    step = make_evaluation_step(
-        lambda variables, images: student.logits(variables, images)[None],
-        dataclasses.replace(dataset.spec, mean=student.mean, std=student.std),
-        mesh,
-    )
+
+    def predict(variables, images):
+        # Every student normalises by the statistics of its own training.
+        each = [
+            student.predict(own, images) for student, own in zip(students, variables, strict=True)
+        ]
+        return jnp.stack([*each, sum(each) / len(each)])
+
     summary = evaluate_split(
-        step,
-        parallel.replicate(student.variables, mesh),
+        make_evaluation_step(predict, mesh, len(students)),
+        parallel.replicate([student.variables for student in students], mesh),
         dataset.evaluation_batches('test', config.data.eval_batch_size),
         mesh,
     )
-    return {'split': 'test', **name_predictors(summary, 1, False, 'branch 0')}
+    deployed = 'branch 0' if len(students) == 1 else 'ensemble'
+    return {
+        'split': 'test',
+        **name_predictors(summary, len(students), False, deployed),
+        'deployed': deployed,
+    }
 
 
 def main() -> None:
     """Evaluates what the flags name and prints the table."""
     directory, student = flags.FLAGS.workdir, flags.FLAGS.student
     if bool(directory) == bool(student):
-        raise UserError('give either --workdir=DIR, a run, or --student=DIR, an exported student')
+        raise UserError(
+            'give either --workdir=DIR, a run, or --student=DIR, an exported student (or several, '
+            'separated by commas: a seed ensemble)'
+        )
     if student:
-        record = evaluate_student(Path(student), flags.FLAGS.config)
+        folders = [Path(folder) for folder in student.split(',')]
+        record = evaluate_students(folders, flags.FLAGS.config)
     else:
         record = evaluate_workdir(Path(directory))
     print(report.run_table(record))
@@ -249,7 +256,9 @@ def main() -> None:
 
 if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'The directory of a run.')
-    flags.DEFINE_string('student', None, 'The folder of an exported student.')
+    flags.DEFINE_string(
+        'student', None, 'The folder of an exported student, or several, separated by commas.'
+    )
     config_flags.DEFINE_config_file(
         'config', None, 'Whose data set to take for the student; its own by default.'
     )

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C as a request to stop after the current step."""
 
 import signal
+from collections.abc import Sequence
 from types import FrameType
 
 
@@ -18,22 +19,24 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """A context in which SIGTERM and SIGINT are noted instead of ending the process.
+    """A context in which signals are noted instead of ending the process.
 
     The second signal acts as it would have without this, so that a stuck process can be ended.
+
+    Args:
+      signals: which ones.
 
     Attributes:
       signal_number: of the signal that came, or None.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self):
+    def __init__(self, signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)):
+        self._signals = signals
         self.signal_number: int | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> 'StopRequest':
-        for number in self.SIGNALS:
+        for number in self._signals:
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -12,12 +12,19 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from one_jax import command, report, train, workdir
+from one_jax import command, processes, report, train, workdir
 from one_jax.errors import UserError
 from one_jax.interrupt import Interrupted
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe, e.g. configs/X.py[:options].')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept; runs/<config> by default.')
+# A run of several processes: docs/clusters.md.
+DISTRIBUTED = flags.DEFINE_boolean(
+    'distributed', None, 'One of several processes; by default, as the cluster tells.'
+)
+COORDINATOR = flags.DEFINE_string('coordinator_address', None, 'host:port of process 0.')
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes the run has.')
+PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this one is, from 0.')
 
 
 def default_workdir(config_flag: str) -> Path:
@@ -32,13 +39,22 @@ def main() -> None:
     if config is None:
         raise UserError('give --config=configs/X.py')
     directory = Path(WORKDIR.value or default_workdir(flags.FLAGS['config'].config_filename))
-    print(f'{jax.device_count()} x {workdir.device_name()}, JAX {jax.__version__}; {directory}')
+    processes.initialize(
+        COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value
+    )
+    if processes.is_first():
+        hosts = f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''
+        print(
+            f'{jax.device_count()} x {workdir.device_name()}{hosts}, JAX {jax.__version__}; '
+            f'{directory}'
+        )
     try:
         result = train.train_and_evaluate(config, directory)
     except Interrupted as interrupted:
         print(f'stopped by {interrupted}, saved; the same command goes on', file=sys.stderr)
         sys.exit(128 + interrupted.signal_number)
-    print(report.run_table(result))
+    if processes.is_first():
+        print(report.run_table(result))
 
 
 if __name__ == '__main__':

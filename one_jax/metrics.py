@@ -244,6 +244,19 @@ class RecordWriter:
         self.close()
 
 
+class NoRecords:
+    """Takes records and writes nothing: that of the processes that are not the first."""
+
+    def write(self, *record: Any) -> None:
+        """The arguments are those of `RecordWriter.write`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 def jsonable(value: Any) -> Any:
     """Nested lists and dictionaries with None in place of NaN and infinity, which JSON has not."""
     if isinstance(value, Mapping):

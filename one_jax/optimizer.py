@@ -5,15 +5,21 @@ from typing import Any
 import optax
 
 
-def make_schedule(config: Any, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
+def make_schedule(
+    config: Any, steps_per_epoch: int, total_steps: int, batch_size: int = 0
+) -> optax.Schedule:
     """The learning rate of every step.
 
     Args:
       config: the group `optimizer` of the configuration.
       steps_per_epoch: for the length of the warm-up.
       total_steps: the run's, which the milestones and the cosine are shares of.
+      batch_size: of the run; the rate is scaled to it if `reference_batch_size` is set (Goyal et
+        al. 2017, section 2.1).
     """
     peak = config.learning_rate
+    if config.reference_batch_size:
+        peak *= batch_size / config.reference_batch_size
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     if config.schedule == 'step':
         # Two milestones of a very short run may round to one step: then both factors apply there.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,21 +22,36 @@ def use_compilation_cache(directory: str) -> None:
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with the one axis `DATA_AXIS` over `devices`, or over all there are."""
-    devices = devices or jax.devices()
-    return jax.make_mesh(
-        (len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices
-    )
+    """A mesh with the one axis `DATA_AXIS` over `devices`, or over all devices of all processes.
+
+    Process by process, so that each has a consecutive part of the batch; `jax.make_mesh` would
+    order the devices of a TPU slice by their links.
+    """
+    devices = devices or sorted(jax.devices(), key=lambda x: (x.process_index, x.id))
+    return Mesh(np.asarray(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Puts a whole copy of every array on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    """Puts a whole copy of every array on every device; all processes have the same arrays."""
+    sharding = NamedSharding(mesh, P())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    tree = jax.device_get(tree)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
 def shard_batch(batch: Any, mesh: Mesh, spec: P = BATCH) -> Any:
-    """Splits the batch axis of every array over the devices."""
-    return jax.device_put(batch, NamedSharding(mesh, spec))
+    """Splits the batch axis of every array over the devices.
+
+    Args:
+      batch: of several processes, this one's part.
+      mesh: from `make_mesh`.
+      spec: `BATCH` or `STEPS_AND_BATCH`.
+    """
+    sharding = NamedSharding(mesh, spec)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def data_parallel(

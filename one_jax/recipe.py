@@ -56,7 +56,9 @@ def make_recipe(config: Any, spec: datasets.DatasetSpec, steps_per_epoch: int) -
         parallel.DATA_AXIS if config.sync_batch_norm else None,
     )
     total_steps = config.train.steps or config.train.epochs * steps_per_epoch
-    schedule = optimizer.make_schedule(config.optimizer, steps_per_epoch, total_steps)
+    schedule = optimizer.make_schedule(
+        config.optimizer, steps_per_epoch, total_steps, config.data.batch_size
+    )
     return Recipe(
         config,
         spec,

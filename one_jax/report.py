@@ -231,6 +231,8 @@ def _fit(rows: Sequence[Row]) -> str:
 def run_table(result: Mapping[str, Any]) -> str:
     """The table of one run: a row for each branch, the teacher and the mean ensemble.
 
+    Of unlike branches it has their networks, parameters and FLOPs too.
+
     Args:
       result: the content of result.json, or any evaluation record; what is missing is left out.
     """
@@ -243,8 +245,15 @@ def run_table(result: Mapping[str, Any]) -> str:
             cells[heading] = '' if value is None else form(value, digits)
         return cells
 
+    unlike = result.get('branch_network')
+
     def branch_row(branch: int) -> dict[str, str]:
-        return row(f'branch {branch}', 'branch', lambda values, d: format_cell(values[branch], d))
+        cells = row(f'branch {branch}', 'branch', lambda values, d: format_cell(values[branch], d))
+        if unlike:
+            cells['network'] = unlike[branch]
+            cells['params'] = _count(result['branch_parameters'][branch])
+            cells['MFLOPs'] = f'{result["branch_flops"][branch] / 1e6:.1f}'
+        return cells
 
     rows = [branch_row(branch) for branch in range(num_branches)]
     if num_branches > 1:
@@ -259,7 +268,14 @@ def run_table(result: Mapping[str, Any]) -> str:
             row['predictor'] += ' (deployed)'
     facts = ('name', 'method', 'network', 'dataset', 'split', 'seed', 'step')
     heading = ', '.join(f'{fact} {result[fact]}' for fact in facts if result.get(fact) is not None)
-    return f'{heading}\n{format_table(rows, ["predictor", *MEASURES])}'
+    columns = ['predictor', *(['network', 'params', 'MFLOPs'] if unlike else []), *MEASURES]
+    lines = [heading, format_table(rows, columns)]
+    if result.get('pairwise_l2') is not None:
+        lines.append(
+            f'diversity: mean L2 distance between two branches {result["pairwise_l2"]:.4f}, '
+            f'disagreement {result["disagreement"]:.2f} %'
+        )
+    return '\n'.join(lines)
 
 
 def write_report(runs: Sequence[Run], directory: str | Path) -> None:

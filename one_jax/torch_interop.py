@@ -108,8 +108,9 @@ def ensemble_from_state_dict(
         lambda variables: multibranch.split_ensemble(variables, num_branches), template
     )
     parts, taken = {}, set()
-    for part, tree in templates.items():
-        prefix = f'{part}.'
+    # By number: `eval_shape` has sorted the names, 'branches.10' before 'branches.2'.
+    for part in ('trunk', *(f'branches.{branch}' for branch in range(num_branches))):
+        tree, prefix = templates[part], f'{part}.'
         own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         if part == 'trunk':
             own = {k: v for k, v in state_dict.items() if not k.startswith('branches.')}

@@ -3,119 +3,43 @@
 import contextlib
 import functools
 import itertools
+import json
+import os
+import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from one_jax import (
     checkpoint,
     evaluate,
-    losses,
-    methods,
+    guard,
+    lock,
     metrics,
-    models,
     parallel,
+    processes,
     teachers,
     workdir,
 )
 from one_jax import config as config_lib
 from one_jax.analysis import curves
 from one_jax.data import datasets, resident, streaming
-from one_jax.errors import ConfigError
-from one_jax.inputs import training_inputs
+from one_jax.errors import ConfigError, UserError
 from one_jax.interrupt import Interrupted, StopRequest
-from one_jax.models import cost
 from one_jax.progress import Progress
 from one_jax.recipe import Recipe, make_recipe
+from one_jax.result import describe_data, make_result
 from one_jax.state import TrainState, init_state
+from one_jax.train_step import make_train_step
 
 # Compiled calls that may be under way before the host waits: enough to keep the device busy, few
 # enough that a signal is soon obeyed.
 MAX_CALLS_IN_FLIGHT = 4
-
-
-def make_train_step(
-    recipe: Recipe, mesh: Mesh
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The compiled train step of any method, data-parallel over `mesh`.
-
-    Returns:
-      A function of the state (whose buffers it takes over), n batches ('image' uint8
-      [n, B, H, W, 3], 'label' [n, B], 'mask' [n, B]) and the variables of each frozen teacher. It
-      does n steps and returns the new state and the metrics of each, with n in front.
-    """
-
-    def step(teacher_variables: tuple[Any, ...], state: TrainState, batch: dict[str, jax.Array]):
-        key = jax.random.fold_in(state.rng, state.step)
-        inputs = training_inputs(recipe, mesh, key, batch['image'], batch['label'])
-        mask = batch['mask']
-        context = methods.Context(
-            labels=inputs.targets,
-            mask=mask,
-            progress=(state.step // recipe.steps_per_epoch) / recipe.total_epochs,
-            teacher_logits=teachers.logits(recipe.teachers, teacher_variables, inputs.images),
-            method_state=state.method,
-        )
-
-        def loss_function(params):
-            outputs, updated = recipe.network.apply(
-                {'params': params, 'batch_stats': parallel.varying(state.batch_stats)},
-                inputs.images,
-                train=True,
-                mutable=['batch_stats'],
-            )
-            loss, terms = recipe.method.loss(outputs, context.replace(params=params))
-            return loss, (outputs, terms, updated['batch_stats'])
-
-        (loss, (outputs, terms, batch_stats)), gradients = jax.value_and_grad(
-            loss_function, has_aux=True
-        )(parallel.varying(state.params))
-        scalars = {'loss': loss, **terms, **_accuracies(outputs, inputs.labels, mask)}
-        gradients, batch_stats, scalars = lax.pmean(
-            (gradients, batch_stats, scalars), parallel.DATA_AXIS
-        )
-        updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
-        scalars['gradient_norm'] = optax.tree.norm(gradients)
-        scalars['learning_rate'] = jnp.asarray(recipe.schedule(state.step))
-        state = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-        )
-        return state.with_averages(recipe.config.train.ema_decay), scalars
-
-    def steps(state: TrainState, batches: dict[str, jax.Array], *teacher_variables: Any):
-        one_step = functools.partial(step, parallel.varying(teacher_variables))
-        # A scan over convolutions loses XLA's threads on CPU and is far slower: one step is none.
-        if batches['label'].shape[0] > 1:
-            return lax.scan(one_step, state, batches)
-        state, scalars = one_step(state, jax.tree.map(lambda x: x[0], batches))
-        return state, jax.tree.map(lambda x: x[None], scalars)
-
-    return parallel.data_parallel(steps, mesh, parallel.STEPS_AND_BATCH, donate_state=True)
-
-
-def _accuracies(outputs: Any, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Top-1 accuracy in percent on the training batch, of each branch and of the teacher."""
-
-    def top1(logits):
-        correct = logits.argmax(axis=-1) == jnp.broadcast_to(labels, logits.shape[:-1])
-        return 100 * losses.batch_mean(correct.astype(jnp.float32), mask)
-
-    accuracies = {'branch_top1': top1(outputs.logits)}
-    if outputs.teacher_logits is not None:
-        accuracies['teacher_top1'] = top1(outputs.teacher_logits)
-    return accuracies
 
 
 def train_and_evaluate(config: Any, directory: str | Path) -> dict[str, Any]:
@@ -134,29 +58,74 @@ def train_and_evaluate(config: Any, directory: str | Path) -> dict[str, Any]:
     """
     directory = Path(directory)
     mesh = parallel.make_mesh()
-    config_lib.validate(config, mesh.size)
-    parallel.use_compilation_cache(config.train.compilation_cache_dir)
-    config = config_lib.resolve(config)
-    workdir.check(directory, config)
+    config, dataset = _prepare(config, directory, mesh)
     if (directory / workdir.RESULT).exists():
         return workdir.read_json(directory / workdir.RESULT)
-
-    dataset = datasets.load(config.data)
     batches = dataset.train_batches(config.data.batch_size, config.seed)
     recipe = make_recipe(config, dataset.spec, batches.steps_per_epoch)
     evaluator = evaluate.Evaluator(config, recipe.method, recipe.network, dataset, mesh)
-    workdir.write_json(directory / workdir.CONFIG, config.to_dict())
-    with checkpoint.Checkpoints(
-        directory / workdir.CHECKPOINTS, keep_latest=config.train.keep_checkpoints
-    ) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        _take(directory, config, stack)
+        checkpoints = stack.enter_context(
+            checkpoint.Checkpoints(
+                directory / workdir.CHECKPOINTS, keep_latest=config.train.keep_checkpoints
+            )
+        )
         state, progress = _start_or_resume(recipe, mesh, checkpoints)
-        progress['data'] = _describe(dataset)
+        progress['data'] = describe_data(dataset)
         _check_teachers(recipe, progress)
         state = _train(recipe, mesh, batches, evaluator, state, progress, checkpoints, directory)
-    result = _result(recipe, progress, directory.name, mesh)
-    curves.plot_run(metrics.read_records(directory), directory / workdir.CURVES)
-    workdir.write_json(directory / workdir.RESULT, result)
+        result = make_result(recipe, progress, directory.name, mesh)
+        if processes.is_first():
+            curves.plot_run(metrics.read_records(directory), directory / workdir.CURVES)
+            workdir.write_json(directory / workdir.RESULT, result)
+        processes.wait_for_all('result')
     return result
+
+
+def _take(directory: Path, config: Any, stack: contextlib.ExitStack) -> None:
+    """Makes the workdir this run's alone, until `stack` closes; process 0 does it for all."""
+    error = None
+    if processes.is_first():
+        try:
+            stack.enter_context(lock.hold(directory))
+            workdir.write_json(directory / workdir.CONFIG, config.to_dict())
+        except UserError as raised:
+            error = raised
+    processes.agree({}, error)
+
+
+def _prepare(
+    config: Any, directory: Path, mesh: Mesh
+) -> tuple[Any, datasets.Dataset | datasets.StreamedDataset | None]:
+    """Checks all there is to check, and reads the data (not for a run that is finished).
+
+    Several processes either all go on, or all stop.
+    """
+    error, resolved, dataset = None, None, None
+    try:
+        config_lib.validate(config, mesh.size)
+        parallel.use_compilation_cache(config.train.compilation_cache_dir)
+        resolved = config_lib.resolve(config)
+        workdir.check(directory, resolved)
+    except UserError as raised:
+        error = raised
+    # Process 0 builds a data set that is not there yet.
+    with processes.first_alone('data'):
+        try:
+            if error is None and not (directory / workdir.RESULT).exists():
+                dataset = datasets.load(config.data)
+        except UserError as raised:
+            error = raised
+    facts = {'config': '', 'data set': '', 'version of one_jax or JAX': ''}
+    if error is None:
+        fields = config_lib.flatten(resolved)
+        same = {name: fields[name] for name in fields.keys() - set(config_lib.MACHINE_FIELDS)}
+        facts['config'] = json.dumps(same, sort_keys=True)
+        facts['data set'] = repr(dataset and (dataset.spec, dataset.label_names))
+        facts['version of one_jax or JAX'] = repr(workdir.versions())
+    processes.agree(facts, error)
+    return resolved, dataset
 
 
 def _start_or_resume(
@@ -185,28 +154,22 @@ def _start_or_resume(
     if restored is None:
         state = jax.jit(initialise, out_shardings=replicated)()
         return state, {'seconds': 0.0, 'window': [], 'evaluations': {}}
-    print(f'resumes after step {restored.step} of {recipe.total_steps}')
+    if processes.is_first():
+        print(f'resumes after step {restored.step} of {recipe.total_steps}')
     return restored.state, restored.progress
 
 
 def _check_teachers(recipe: Recipe, progress: dict[str, Any]) -> None:
     """Notes the frozen teachers in `progress`; those of a resumed run must be the same."""
     described = teachers.describe(recipe.method, recipe.teachers)
-    for before, now in zip(progress.get('teachers', described), described, strict=True):
-        if before['sha256'] != now['sha256']:
-            raise ConfigError(
-                'method.teachers',
-                recipe.config.method.teachers,
-                'the teachers with which the run began: the weights of one are others now',
-            )
+    before = [teacher['sha256'] for teacher in progress.get('teachers', described)]
+    if before != [teacher['sha256'] for teacher in described]:
+        raise ConfigError(
+            'method.teachers',
+            recipe.config.method.teachers,
+            f'the {len(before)} with which the run began, in their order: the weights are others',
+        )
     progress['teachers'] = described
-
-
-def _describe(dataset: datasets.Dataset | datasets.StreamedDataset) -> dict[str, Any]:
-    """What a student needs to know of the data it was trained on."""
-    fields = ('num_classes', 'image_shape', 'mean', 'std')
-    description = {field: getattr(dataset.spec, field) for field in fields}
-    return {**description, 'label_names': list(dataset.label_names)}
 
 
 def _train(
@@ -226,26 +189,42 @@ def _train(
     window = [
         {name: np.asarray(values) for name, values in entry.items()} for entry in progress['window']
     ]
-    step = int(state.step)
+    fetched = len(window)
+    step, stopping = int(state.step), False
     stream = batches.iterate(step)
     started = time.monotonic() - progress['seconds']
+    saved_at = step
+    watch = guard.Guard(recipe.config, steps_per_epoch, progress.get('skipped_in_a_row', 0))
 
     def due(every_epochs: int) -> bool:
         epoch, rest = divmod(step, steps_per_epoch)
         return step == recipe.total_steps or (rest == 0 and epoch % every_epochs == 0)
 
+    def fetch() -> None:
+        """Reads what is not read yet of the window, and looks at it."""
+        nonlocal window, fetched
+        new = jax.device_get(window[fetched:])
+        first = step - sum(len(entry['loss']) for entry in new)
+        for entry in new:
+            watch.check(first + 1, entry, saved_at or None)
+            first += len(entry['loss'])
+        window = [*window[:fetched], *new]
+        fetched = len(window)
+
     def save() -> None:
+        fetch()
+        watch.check_parameters(step, state.params, saved_at or None)
         progress['seconds'] = time.monotonic() - started
-        progress['window'] = jax.tree.map(lambda x: x.tolist(), jax.device_get(window))
+        progress['window'] = jax.tree.map(lambda x: x.tolist(), window)
+        progress['skipped_in_a_row'] = watch.skipped_in_a_row
         checkpoints.save(step, state, progress, _selection_metrics(progress, step))
 
     with (
-        StopRequest() as stop,
-        metrics.RecordWriter(directory, resume_step=step) as records,
-        contextlib.closing(Progress(recipe.total_steps, batches.batch_size, step)) as bar,
+        StopRequest(processes.stop_signals()) as stop,
+        _open_records(directory, step) as records,
+        contextlib.closing(_progress_bar(recipe, step)) as bar,
     ):
-        saved_at = step
-        while step < recipe.total_steps and not stop:
+        while step < recipe.total_steps and not stopping:
             record_at = min(
                 (step // settings.log_every + 1) * settings.log_every,
                 (step // steps_per_epoch + 1) * steps_per_epoch,
@@ -258,13 +237,14 @@ def _train(
             batch = parallel.shard_batch(batch, mesh, parallel.STEPS_AND_BATCH)
             state, scalars = train_step(state, batch, *teacher_variables)
             window.append(scalars)
-            if len(window) > MAX_CALLS_IN_FLIGHT:
+            if len(window) - fetched > MAX_CALLS_IN_FLIGHT:
                 jax.block_until_ready(window[-MAX_CALLS_IN_FLIGHT])
             step += count
             bar.update(step)
             epoch = step / steps_per_epoch
             if step == record_at:
-                means, window = _mean(window), []
+                fetch()
+                means, window, fetched = _mean(window), [], 0
                 timing = {}
                 if step % settings.log_every == 0 or step == recipe.total_steps:
                     timing['images_per_second'] = bar.log(step, epoch, means['loss'])
@@ -279,12 +259,25 @@ def _train(
                 if due(settings.checkpoint_every_epochs):
                     save()
                     saved_at = step
+            stopping = processes.stop_agreed(step, bool(stop))
         if step != saved_at:
             save()
         checkpoints.wait()
     if step < recipe.total_steps:
-        raise Interrupted(step, stop.signal_number)
+        raise Interrupted(step, stop.signal_number or signal.SIGTERM)
     return state
+
+
+def _progress_bar(recipe: Recipe, step: int) -> Progress:
+    stream = None if processes.is_first() else open(os.devnull, 'w')  # noqa: SIM115
+    return Progress(recipe.total_steps, recipe.config.data.batch_size, step, stream)
+
+
+def _open_records(directory: Path, step: int) -> contextlib.AbstractContextManager:
+    """Where the records go: process 0 writes them for all."""
+    if processes.is_first():
+        return metrics.RecordWriter(directory, resume_step=step)
+    return metrics.NoRecords()
 
 
 def _stack(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -295,14 +288,21 @@ def _stack(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def _mean(window: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean over the steps of a window, in float64; reads the device once."""
-    fetched = jax.device_get(window)
-    return {
-        name: np.concatenate([np.asarray(entry[name], np.float64) for entry in fetched])
-        .mean(axis=0)
-        .tolist()
-        for name in fetched[0]
+    """The mean over the steps of a window, in float64; steps that were skipped only count."""
+    steps = {
+        name: np.concatenate([np.asarray(entry[name], np.float64) for entry in window])
+        for name in window[0]
     }
+    skipped = steps.pop(guard.SKIPPED, None)
+    if skipped is None:
+        return {name: values.mean(axis=0).tolist() for name, values in steps.items()}
+    # All skipped: NaN, which the record shows as null.
+    done = skipped == 0
+    with np.errstate(invalid='ignore'):
+        means = {
+            name: (values[done].sum(axis=0) / done.sum()).tolist() for name, values in steps.items()
+        }
+    return {**means, guard.SKIPPED: int(skipped.sum())}
 
 
 def _selection_metrics(progress: dict[str, Any], step: int) -> dict[str, float] | None:
@@ -311,47 +311,3 @@ def _selection_metrics(progress: dict[str, Any], step: int) -> dict[str, float] 
     if record is None or record['step'] != step:
         return None
     return {'deployed_top1': record['deployed_top1']}
-
-
-def _result(recipe: Recipe, progress: dict[str, Any], name: str, mesh: Mesh) -> dict[str, Any]:
-    """The content of `result.json`: the test split after the last step, never a chosen epoch."""
-    config, spec = recipe.config, recipe.spec
-    method = recipe.method
-    parameters, flops = cost.forward_cost(recipe.network, spec.image_shape)
-    costs = {
-        name: cost.forward_cost(models.make_backbone(name, spec.num_classes)(), spec.image_shape)
-        for name in set(method.members)
-    }
-    if method.deployed == 'ensemble':
-        ensemble = recipe.network.clone(make_aggregator=None)
-        deployed_parameters, deployed_flops = cost.forward_cost(ensemble, spec.image_shape)
-    else:
-        deployed = method.members[int(method.deployed.removeprefix('branch '))]
-        deployed_parameters, deployed_flops = costs[deployed]
-    unlike = {}
-    if len(costs) > 1:
-        unlike['branch_network'] = list(method.members)
-        unlike['branch_parameters'] = [costs[name][0] for name in method.members]
-        unlike['branch_flops'] = [costs[name][1] for name in method.members]
-    return {
-        'name': name,
-        'method': config.method.name,
-        'network': config.model.name,
-        'dataset': config.data.name,
-        'seed': config.seed,
-        'epochs': recipe.total_epochs,
-        'split': 'test',
-        **progress['evaluations']['test'],
-        **{f'validation_{k}': v for k, v in progress['evaluations'].get('validation', {}).items()},
-        'deployed': method.deployed,
-        **unlike,
-        'teachers': progress['teachers'],
-        'parameters': parameters,
-        'deployed_parameters': deployed_parameters,
-        'flops': flops,
-        'deployed_flops': deployed_flops,
-        'seconds': round(progress['seconds'], 1),
-        'versions': workdir.versions(),
-        'device': workdir.device_name(),
-        'num_devices': mesh.size,
-    }

@@ -13,7 +13,7 @@ import jax
 
 import one_jax
 from one_jax import config as config_lib
-from one_jax import metrics
+from one_jax import lock, metrics
 from one_jax.errors import UserError
 
 CONFIG, RESULT, CURVES, CHECKPOINTS = 'config.json', 'result.json', 'curves.png', 'checkpoints'
@@ -42,7 +42,7 @@ def check(workdir: Path, config: Any) -> None:
                 f'workdir={str(workdir)!r} holds a run of another config; give another --workdir. '
                 f'They differ in {"; ".join(different)}'
             )
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and any(file.name != lock.FILE_NAME for file in workdir.iterdir()):
         raise UserError(
             f'workdir={str(workdir)!r} is not empty and holds no {CONFIG}: '
             'give the directory of a run, or an empty or a new one'

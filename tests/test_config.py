@@ -6,18 +6,20 @@ import json
 import re
 from pathlib import Path
 
+import commands
 import jax
 import numpy as np
 import pytest
+from commands import REPOSITORY
 
 from one_jax import config as config_lib
-from one_jax import models, parallel, recipe, train
+from one_jax import methods, models, parallel, recipe, recipes, train
 from one_jax.data import datasets, resident
 from one_jax.errors import ConfigError, UserError
-from one_jax.models import aggregators, cost, multibranch
+from one_jax.models import cost
 from one_jax.state import init_state
 
-CONFIGS = sorted((Path(__file__).parent.parent / 'configs').glob('*.py'))
+CONFIGS = sorted((REPOSITORY / 'configs').glob('*.py'))
 
 
 def get_config(path, options=''):
@@ -146,17 +148,53 @@ def test_options_are_applied_in_their_order_and_unknown_ones_refused():
         config_lib.apply_options(config_lib.default_config(), 'smok')
 
 
+# What stands for the folders of frozen teachers, where nothing of them is read.
+TEACHERS = 'first', 'second', 'third'
+
+
+def with_teachers(config, folders=TEACHERS):
+    """The config, with as many teachers as its method wants, if it wants any."""
+    method = methods.registered()[config.method.name]
+    if method.min_teachers:
+        number = 3 if config.method.name == 'ekd' else method.min_teachers
+        config.method.teachers = ','.join(folders[:number])
+    return config
+
+
 @functools.cache
-def parameters(network, num_branches, num_classes, image_shape):
-    """Of the network with a gate, or of the plain one; by abstract evaluation."""
-    make_backbone = models.make_backbone(network, num_classes)
-    if num_branches == 1:
-        return cost.forward_cost(make_backbone(), image_shape)[0]
-    gate = functools.partial(aggregators.Gate, num_branches)
-    return cost.forward_cost(
-        multibranch.MultiBranch((make_backbone,), num_branches, 2, make_aggregator=gate),
-        image_shape,
-    )[0]
+def _parameters(fields, num_classes, image_shape):
+    config = config_lib.default_config()
+    config.update_from_flattened_dict(dict(fields))
+    config = config_lib.resolve(config)
+    method = methods.create(config)
+    network = models.make_network(config.model, num_classes, method)
+    if method.deployed == 'ensemble':
+        deployed = network.clone(make_aggregator=None)
+    else:
+        name = method.members[int(method.deployed.removeprefix('branch '))]
+        deployed = models.make_backbone(name, num_classes)()
+    images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    return [
+        cost.count_parameters(
+            jax.eval_shape(
+                lambda key, x, module=module: module.init(key, x, train=False),
+                jax.random.key(0),
+                images,
+            )['params']
+        )
+        for module in (deployed, network)
+    ]
+
+
+def parameters(config):
+    """Of the deployed network and of the one in training; by abstract evaluation."""
+    spec = datasets.DATASETS[config.data.name]
+    fields = tuple(
+        (f'{group}.{name}', value)
+        for group in ('model', 'method')
+        for name, value in config[group].items()
+    )
+    return _parameters(fields, spec.num_classes, spec.image_shape)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -164,44 +202,161 @@ def test_every_config_says_what_it_is(path):
     config, header = get_config(path)
     for part in ('Source:', 'Recipe:', 'Expect:', f'--config=configs/{path.name}', 'Variants:'):
         assert part in header
-    config = config_lib.resolve(config)
-    assert config.model.share_stages == 2
+    name = config.method.name
+    assert name == 'one' or path.stem.endswith(f'_{name}')
+    config = config_lib.resolve(with_teachers(config))
     plain = config_lib.resolve(get_config(path, 'plain')[0])
     assert (plain.method.name, plain.model.num_branches) == ('plain', 1)
     changed = {
         line.partition(':')[0] for line in config_lib.differences(config.to_dict(), plain.to_dict())
     }
     changed = {field for field in changed if not field.startswith('method.')}
-    assert changed == {'model.num_branches'}
+    # The network and its recipe are the same; what is shared matters to branches alone.
+    assert changed - {'model.share_stages'} == (
+        set() if config.model.num_branches == 1 else {'model.num_branches'}
+    )
 
-    counts = re.search(r'([\d,]+) parameters\s+deployed \(([\d,]+) in\s+training\)', header)
+    temperature = re.search(r'\bT = (\d+)', header)
+    if 'temperature' in config.method and path.stem != 'image_folder':
+        assert float(temperature[1]) == config.method.temperature
+    if 'CIFAR' in header or 'MNIST' in header:
+        assert f'weight decay {config.optimizer.weight_decay:.0e}'.replace('e-0', 'e-') in re.sub(
+            r'\s+', ' ', header
+        )
+    reconstructed = 'as reconstructed' in header.lower()
+    assert reconstructed == (name in ('mde', 'ekd', 'boc_kd'))
+
+    counts = re.search(r'([\d,]+)\s+parameters\s+deployed\s+\(([\d,]+)\s+in\s+training\)', header)
     if counts:
-        spec = datasets.DATASETS[config.data.name]
-        shape = (spec.num_classes, spec.image_shape)
-        assert counts[1] == f'{parameters(config.model.name, 1, *shape):,}'
-        assert counts[2] == f'{parameters(config.model.name, 3, *shape):,}'
+        assert [counts[1], counts[2]] == [f'{number:,}' for number in parameters(config)]
     else:
         assert path.stem in ('image_folder', 'mnist5k_resnet8')
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_every_config_takes_a_smoke_step(path):
+def test_the_commands_and_options_of_every_header_are_there(path):
+    _, header = get_config(path)
+    commands = re.findall(r'--config=(configs/\w+\.py):?([\w,]*)', header)
+    assert (f'configs/{path.name}', '') in commands
+    defaults = config_lib.flatten(config_lib.default_config().to_dict())
+    for config_path, options in commands:
+        config, _ = get_config(REPOSITORY / config_path, options)
+        config_lib.resolve(with_teachers(config))
+    for field in re.findall(r'--config\.([\w.]+)=', header):
+        assert field in defaults
+    variants = header[header.index('Variants:') :]
+    for option in re.findall(r'`:(\w+)`', variants):
+        config, _ = get_config(path, option)
+        config_lib.resolve(with_teachers(config))
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_every_smoke_variant_is_valid_and_small(path):
     for options in ('smoke,plain', 'plain,smoke'):
         config_lib.validate(get_config(path, options)[0])
     config, _ = get_config(path, 'smoke')
-    spec = config_lib.validate(config)
+    spec = config_lib.validate(with_teachers(config))
     assert config.train.steps <= 4
     assert spec.num_classes == datasets.DATASETS[config.data.name].num_classes
+    assert parameters(config_lib.resolve(config))[1] < 1_300_000
+
+
+def test_every_method_has_its_configs():
+    made = {path.stem: get_config(path)[0] for path in CONFIGS}
+    for data in ('cifar100', 'mnist5k'):
+        configured = {config.method.name for config in made.values() if config.data.name == data}
+        # The plain network is a variant of every config.
+        assert configured == set(methods.registered()) - {'plain'}
+
+
+def test_a_config_without_its_teachers_says_how_to_give_them():
+    for name in ('kd', 'meal', 'ekd'):
+        config, _ = get_config(REPOSITORY / f'configs/mnist5k_resnet8_{name}.py', 'smoke')
+        with pytest.raises(ConfigError, match=r'--config\.method\.teachers=DIR,DIR'):
+            config_lib.validate(config)
+
+
+def test_limited_data_take_as_many_steps_as_all():
+    path = REPOSITORY / 'configs/cifar100_resnet20_ekd.py'
+    for option, per_class, steps_per_epoch in (
+        ('per_class_50', 50, 39),
+        ('per_class_100', 100, 78),
+    ):
+        config, _ = get_config(path, option)
+        assert config.data.examples_per_class == per_class
+        # 300 epochs of 390 whole batches of 128 of the 50,000 images.
+        assert config.train.steps == 300 * 390
+        assert config.train.eval_every_epochs * steps_per_epoch == 390
+    config, _ = get_config(REPOSITORY / 'configs/cifar10_resnet20_ekd.py', 'per_class_50')
+    # 500 images, three batches.
+    assert config.train.eval_every_epochs == 130
+
+
+def test_the_fields_of_a_method_can_be_given_with_it():
+    config = recipes.published('resnet32', 'cifar10', method='okddip', leader=False)
+    method = methods.create(config)
+    assert (method.name, method.deployed) == ('okddip', 'branch 0')
+    assert recipes.mnist5k('few', 'dml', temperature=2.0).method.temperature == 2.0
+    paper = recipes.published('resnet32', 'cifar100', 'paper', 'mde').method
+    assert (paper.diversity_side, paper.diversity_norm) == ('feature', 'fro')
+    assert paper.diversity_weight == 5e-8
+    with pytest.raises(UserError, match="'paper' is not one of"):
+        recipes.published('resnet32', 'cifar100', 'paper')
+
+
+def smoke_configs():
+    """One config for each network family of ONE, and one for each other method."""
+    chosen = {}
+    for path in CONFIGS:
+        config, _ = get_config(path, 'smoke')
+        name = config.method.name
+        kind = config.model.name if name == 'one' else name
+        small = config.data.name == 'mnist5k'
+        if kind not in chosen or (small and name != 'one'):
+            chosen[kind] = path
+    return list(chosen.values())
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    """The folder of a tiny network, exported by the real commands."""
+    folder = tmp_path_factory.mktemp('teacher')
+    plain = '--config=configs/mnist5k_resnet8.py:smoke,plain'
+    cache = '--config.train.compilation_cache_dir='
+    commands.run('main', plain, cache, f'--workdir={folder / "run"}')
+    commands.run('export', f'--workdir={folder / "run"}', f'--output={folder / "student"}')
+    return str(folder / 'student')
+
+
+@pytest.mark.parametrize('path', smoke_configs(), ids=lambda path: path.stem)
+def test_a_config_takes_a_smoke_step(path, request):
+    config, _ = get_config(path, 'smoke')
+    if methods.registered()[config.method.name].min_teachers:
+        with_teachers(config, (request.getfixturevalue('teacher'),) * 3)
+    if config.method.name == 'boc_kd':
+        # Unlike members are compiled one by one: two tell as much as five.
+        config.model.num_branches = 2
+    spec = config_lib.validate(config)
     dataset = datasets.load(config.data)
     batches = resident.ResidentBatches(dataset.splits['train'], config.data.batch_size, config.seed)
     made = recipe.make_recipe(config_lib.resolve(config), dataset.spec, batches.steps_per_epoch)
-    assert cost.forward_cost(made.network, spec.image_shape)[0] < 1_300_000
     mesh = parallel.make_mesh(jax.devices()[:1])
-    state = jax.jit(lambda: init_state(made.network, made.optimizer, spec.image_shape, 0))()
+    method_state = made.method.initial_state()
+    state = jax.jit(
+        lambda: init_state(
+            made.network, made.optimizer, spec.image_shape, 0, method_state=method_state
+        )
+    )()
     batch = {name: array[None] for name, array in batches.batch(0).items()}
-    state, metrics = train.make_train_step(made, mesh)(parallel.replicate(state, mesh), batch)
+    teachers = parallel.replicate([teacher.variables for teacher in made.teachers], mesh)
+    step = train.make_train_step(made, mesh)
+    state, metrics = step(parallel.replicate(state, mesh), batch, *teachers)
     assert int(state.step) == 1
     assert np.isfinite(metrics['loss']).all()
-    # The untrained network is near chance: three branches and the teacher.
-    chance = 4 * np.log(spec.num_classes)
-    assert 0.7 * chance < metrics['loss'][0] < 2.5 * chance
+    # The untrained network is near chance: each of its branches, and ONE's teacher.
+    chance = np.log(spec.num_classes)
+    if 'branch_cross_entropy' in metrics:
+        mean = metrics['branch_cross_entropy'].mean()
+        assert 0.7 * chance < mean < 2.5 * chance
+    if made.method.name == 'one':
+        assert 0.7 * 4 * chance < metrics['loss'][0] < 2.5 * 4 * chance

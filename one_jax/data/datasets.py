@@ -37,12 +37,16 @@ class Dataset:
         return tuple(split for split in ('validation', 'test') if split in self.splits)
 
     def train_batches(self, batch_size: int, seed: int) -> ResidentBatches:
-        """Shuffled batches of the train split."""
-        return ResidentBatches(self.splits['train'], batch_size, seed)
+        """Shuffled batches of the train split, this process's share of each."""
+        return ResidentBatches(
+            self.splits['train'], batch_size, seed, jax.process_index(), jax.process_count()
+        )
 
     def evaluation_batches(self, split: str, batch_size: int) -> Iterator[Batch]:
         """Every example of a split exactly once."""
-        return evaluation_batches(self.splits[split], batch_size)
+        return evaluation_batches(
+            self.splits[split], batch_size, jax.process_index(), jax.process_count()
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -52,52 +52,85 @@ class ResidentBatches:
 
     The N mod batch_size examples at the end of an epoch's order are left out, others every epoch,
     so that all batches are whole.
+
+    Args:
+      examples: all of them, in every process.
+      batch_size: B, of the global batch.
+      seed: of the order.
+      process_index: of this process.
+      process_count: P; the global batch is split into P consecutive parts.
+
+    Raises:
+      ConfigError: there are fewer examples than `batch_size`, or P does not divide it.
     """
 
-    def __init__(self, examples: Examples, batch_size: int, seed: int):
-        """Batches of `batch_size` of the examples, in an order that follows from the seed.
-
-        Raises:
-          ConfigError: there are fewer examples than `batch_size`.
-        """
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         if not 1 <= batch_size <= len(examples):
             raise ConfigError(
                 'data.batch_size', batch_size, f'1 to {len(examples)}, the number of train images'
             )
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self._share = share('data.batch_size', batch_size, process_index, process_count)
         self.steps_per_epoch = len(examples) // batch_size
         self._order = (0, epoch_permutation(seed, 0, len(examples)))
 
     def indices(self, step: int) -> np.ndarray:
-        """Which examples make up the batch of a step, int64 [batch_size]."""
+        """Which examples make up this process's part of the batch of a step, int64 [B / P]."""
         epoch, position = divmod(step, self.steps_per_epoch)
         cached_epoch, order = self._order
         if cached_epoch != epoch:
             order = epoch_permutation(self.seed, epoch, len(self.examples))
             self._order = (epoch, order)
-        return order[position * self.batch_size : (position + 1) * self.batch_size]
+        start = position * self.batch_size
+        return order[start + self._share.start : start + self._share.stop]
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0 over all epochs.
 
         Returns:
-          `image` uint8 [B, H, W, 3], `label` int32 [B] and `mask` float32 [B], all ones.
+          `image` uint8 [B / P, H, W, 3], `label` int32 [B / P] and `mask` float32 [B / P], ones.
         """
-        return _batch(self.examples.take(self.indices(step)), self.batch_size)
+        return _batch(self.examples.take(self.indices(step)), len(self._share))
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
         """The batches of `first_step` and all after it."""
         return map(self.batch, itertools.count(first_step))
 
 
-def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
-    """Every example exactly once, in order; the last batch is padded with zeros of mask 0.
+def evaluation_batches(
+    examples: Examples, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Every example exactly once over all processes; the last batch is padded with zeros of mask 0.
+
+    The arguments and errors are those of `ResidentBatches`.
 
     Yields:
-      Batches as those of `ResidentBatches.batch`, all of the same shapes.
+      Batches as those of `ResidentBatches.batch`, all of the same shapes; every process yields the
+      same number of them.
     """
+    own = share('data.eval_batch_size', batch_size, process_index, process_count)
     for start in range(0, len(examples), batch_size):
-        yield _batch(examples.take(slice(start, start + batch_size)), batch_size)
+        part = slice(start + own.start, start + own.stop)
+        yield _batch(examples.take(part), len(own))
+
+
+def share(field: str, batch_size: int, process_index: int, process_count: int) -> range:
+    """The places of a global batch that are this process's.
+
+    Raises:
+      ConfigError: the batch, the value of `field`, cannot be split evenly.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise ConfigError(field, batch_size, f'a multiple of the {process_count} processes')
+    size = batch_size // process_count
+    return range(process_index * size, (process_index + 1) * size)
 
 
 def _batch(examples: Examples, batch_size: int) -> Batch:

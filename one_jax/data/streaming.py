@@ -26,7 +26,7 @@ import tensorflow_datasets as tfds
 
 from one_jax.data import jpeg
 from one_jax.data.records import ImageFiles, Source, TFRecords
-from one_jax.data.resident import Batch, random_bits
+from one_jax.data.resident import Batch, random_bits, share
 from one_jax.errors import ConfigError, UserError
 
 BLOCK_SHARDS = 16
@@ -109,7 +109,7 @@ class StreamedBatches:
                 batch_size,
                 f'1 to {self.num_examples}, the number of train images',
             )
-        self._share = _share('data.batch_size', batch_size, process_index, process_count)
+        self._share = share('data.batch_size', batch_size, process_index, process_count)
         self.steps_per_epoch = self.num_examples // batch_size
         self._threads, self._prefetch = decode_threads, prefetch
         self._lock = threading.Lock()
@@ -181,23 +181,15 @@ def streamed_evaluation_batches(
     """
     source = open_source(builder, split)
     count = sum(source.shard_lengths)
-    share = _share('data.eval_batch_size', batch_size, process_index, process_count)
+    own = share('data.eval_batch_size', batch_size, process_index, process_count)
 
     def indices(step: int) -> np.ndarray:
         start = step * batch_size
-        return np.arange(start + share.start, min(start + share.stop, count))
+        return np.arange(start + own.start, min(start + own.stop, count))
 
     pipeline = _Pipeline(source, indices, lambda step: (), jpeg.evaluation_image, image_size)
     steps = range(-(-count // batch_size))
-    return pipeline.batches(steps, len(share), decode_threads, prefetch)
-
-
-def _share(field: str, batch_size: int, process_index: int, process_count: int) -> range:
-    """The places of a global batch that are this process's."""
-    if batch_size < 1 or batch_size % process_count:
-        raise ConfigError(field, batch_size, f'a multiple of the {process_count} processes')
-    size = batch_size // process_count
-    return range(process_index * size, (process_index + 1) * size)
+    return pipeline.batches(steps, len(own), decode_threads, prefetch)
 
 
 class _Pipeline:

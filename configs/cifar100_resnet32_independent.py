@@ -1,0 +1,21 @@
+"""ResNet-32 on CIFAR-100: independent branches, a control.
+
+Source: a control of this project's: the branches of ONE without a teacher. What ONE gains over it
+    is the distillation's.
+Recipe: 300 epochs of SGD, Nesterov momentum 0.9, batch 128, rate 0.1 (x0.1 at 50 % and 75 %),
+    weight decay 1e-4; pad 4, crop, flip; three branches above two shared stages, each with its own
+    cross-entropy and nothing else. 472,756 parameters deployed (1,193,084 in training).
+Expect: no published number that we could check. Not run here: there is no CIFAR-100 on our machine.
+Prepare: python -m one_jax.prepare cifar100
+Run: python -m one_jax.main --config=configs/cifar100_resnet32_independent.py \\
+    --workdir=runs/cifar100_resnet32_independent
+Variants: `:plain` the network alone; `:smoke` a few steps of a small network of its family on
+    generated images.
+"""
+
+from one_jax import recipes
+
+
+def get_config(options: str = ''):
+    """The recipe with the comma-separated `options` applied."""
+    return recipes.published('resnet32', 'cifar100', options, 'independent')
