@@ -1,5 +1,6 @@
 # make demo: ONE beside the plain network on real digits, in about three minutes.
 # make test: the whole test suite.   make lint   make venv   make constraints
+# make methods: every method on real digits, three seeds: docs/methods.md (an hour or two).
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ INSTALL := install --quiet --disable-pip-version-check --constraint constraints.
 SETTINGS := pyproject.toml setup.cfg constraints.txt
 DEMO := runs/demo
 
-.PHONY: demo demo-seeds test test-latest lint venv constraints
+.PHONY: demo demo-seeds methods test test-latest lint venv constraints
 
 venv: $(VENV)/.installed
 
@@ -54,6 +55,9 @@ lint: venv
 constraints:
 	$(BIN)/python .ci/constraints.py $(BIN)/python $(LATEST)/bin/python > constraints.new
 	mv constraints.new constraints.txt
+
+methods: venv
+	$(BIN)/python -m benchmarks.methods --seeds=0,1,2 --output=docs/methods.md
 
 # The demo over several seeds: the table of the README.
 SEEDS ?= 0 1 2 3 4

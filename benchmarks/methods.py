@@ -93,7 +93,6 @@ METHODS = (
     _method('one_ungated', 'ONE, no gate (uniform mean)', 'one', teacher='mean'),
     _method('one_attached', 'ONE, teacher not detached', 'one', detach_teacher=False),
     _method('one_no_ramp', 'ONE, no ramp', 'one', rampup_fraction=0.0),
-    _method('one_8', 'ONE, K = 8', 'one', **{'model.num_branches': 8}),
     _method('cl_ilr', 'CL-ILR', 'cl_ilr'),
     _method('dml', 'DML, K = 2', 'dml'),
     _method('kdcl_naive', 'KDCL-naive, K = 2', 'kdcl', teacher='naive'),
@@ -118,27 +117,22 @@ METHODS = (
     _taught(_method('meal', 'MEAL V2 of three networks, no discriminator', 'meal'), _FEW_TEACHERS),
     _taught(_method('ekd', 'EKD as reconstructed, three networks', 'ekd'), _FEW_TEACHERS),
 )
+_STUDENTS = (
+    (_PLAIN, 'plain network'),
+    (_method('kd', '', 'kd'), 'KD of the mean of the teachers'),
+    (_method('ekd', '', 'ekd'), 'EKD as reconstructed, one to one'),
+    (_method('ekd_all_to_all', '', 'ekd', pairing='all_to_all'), 'EKD, all to all'),
+    (_method('ekd_ensemble', '', 'ekd', pairing='ensemble_to_all'), 'EKD, ensemble to all'),
+)
 LIMITED = tuple(
-    _taught(
-        dataclasses.replace(
-            row,
-            name=f'{row.name}_{images}_per_class',
-            label=f'{label}, {images} images a class',
-            fields={**row.fields, 'data.examples_per_class': images, 'train.steps': 300},
-        ),
-        _ALL_TEACHERS if row.name != 'plain' else (),
+    Row(
+        f'{row.name}_{images}_per_class',
+        f'{label}, {images} images a class',
+        {**row.fields, 'data.examples_per_class': images, 'train.steps': 300},
+        () if row is _PLAIN else _ALL_TEACHERS,
     )
-    for images in (50, 100)
-    for row, label in (
-        (_PLAIN, 'plain network'),
-        (_method('kd', '', 'kd'), 'KD of the mean of the teachers'),
-        (_method('ekd', '', 'ekd'), 'EKD as reconstructed, one to one'),
-        (_method('ekd_all_to_all', '', 'ekd', pairing='all_to_all'), 'EKD, all to all'),
-        (
-            _method('ekd_ensemble_to_all', '', 'ekd', pairing='ensemble_to_all'),
-            'EKD, ensemble to all',
-        ),
-    )
+    for images, students in ((50, _STUDENTS), (100, _STUDENTS[:3]))
+    for row, label in students
 )
 BY_NAME = {row.name: row for row in (*_TEACHER_ROWS, *METHODS, *LIMITED)}
 

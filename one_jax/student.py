@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def load_student(directory: str | Path) -> Student:
             )
     config = workdir.read_json(directory / CONFIG)
     try:
+        operator.itemgetter('mean', 'std', 'label_names')(config)
         network = make_network(config)
         height, width = config['input_size']
     except (KeyError, TypeError, ValueError) as error:

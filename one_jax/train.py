@@ -65,7 +65,7 @@ def train_and_evaluate(config: Any, directory: str | Path) -> dict[str, Any]:
     recipe = make_recipe(config, dataset.spec, batches.steps_per_epoch)
     evaluator = evaluate.Evaluator(config, recipe.method, recipe.network, dataset, mesh)
     with contextlib.ExitStack() as stack:
-        _take(directory, config, stack)
+        _take(directory, stack)
         checkpoints = stack.enter_context(
             checkpoint.Checkpoints(
                 directory / workdir.CHECKPOINTS, keep_latest=config.train.keep_checkpoints
@@ -74,6 +74,8 @@ def train_and_evaluate(config: Any, directory: str | Path) -> dict[str, Any]:
         state, progress = _start_or_resume(recipe, mesh, checkpoints)
         progress['data'] = describe_data(dataset)
         _check_teachers(recipe, progress)
+        if processes.is_first():
+            workdir.write_json(directory / workdir.CONFIG, config.to_dict())
         state = _train(recipe, mesh, batches, evaluator, state, progress, checkpoints, directory)
         result = make_result(recipe, progress, directory.name, mesh)
         if processes.is_first():
@@ -83,13 +85,12 @@ def train_and_evaluate(config: Any, directory: str | Path) -> dict[str, Any]:
     return result
 
 
-def _take(directory: Path, config: Any, stack: contextlib.ExitStack) -> None:
+def _take(directory: Path, stack: contextlib.ExitStack) -> None:
     """Makes the workdir this run's alone, until `stack` closes; process 0 does it for all."""
     error = None
     if processes.is_first():
         try:
             stack.enter_context(lock.hold(directory))
-            workdir.write_json(directory / workdir.CONFIG, config.to_dict())
         except UserError as raised:
             error = raised
     processes.agree({}, error)

@@ -1,4 +1,9 @@
-"""BOC-KD, online ensemble model compression (Walawalkar, Shen, Savvides, ECCV 2020)."""
+"""BOC-KD, online ensemble model compression (Walawalkar, Shen, Savvides, ECCV 2020), in part as
+reconstructed.
+
+Taken from the paper: members of falling width, the shared stem, three terms and their weights.
+Reconstructed: the adapters' layers, and what the squared error is a mean over.
+"""
 
 from collections.abc import Callable
 
