@@ -12,6 +12,7 @@ The only file that knows Orbax. A checkpoint is the directory `<directory>/<step
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -39,6 +40,7 @@ _CHECKSUMS = 'SHA256SUMS'
 # is atomic, so a kill never leaves half a checkpoint under the name of a whole one.
 _DELETED = 'deleted'
 _DAMAGED = 'damaged_checkpoints'
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Restored(NamedTuple):
@@ -150,6 +152,7 @@ class Checkpoints:
             record=ocp.args.JsonSave(json.loads(json.dumps(record))),
         )
         with self._reporting_failed_writes():
+            self._require_room(sum(array.nbytes for array in arrays.values()))
             # Forced, because Orbax otherwise skips a step below the latest one without a word.
             return manager.save(int(step), args=items, metrics=metrics, force=True)
 
@@ -305,11 +308,22 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # TensorStore makes a ValueError of a full disk.
-            reason = str(error).partition('\n')[0][:300]
+            # TensorStore has what the system said at the end of a long line.
+            said = [text for text in map(os.strerror, _DISK_FULL) if text in str(error)]
+            reason = said[0] if said else str(error).partition('\n')[0][:300]
             raise UserError(
                 f'could not save checkpoint {self._saving} in {self.directory} ({reason}); '
                 'the ones before it are untouched'
             ) from error
+
+    def _require_room(self, size: int) -> None:
+        """Raises OSError if the disk has less room than `size` bytes: of a disk that is full in the
+        middle of a save, Orbax's threads tell in hundreds of lines.
+        """
+        disk = shutil.disk_usage(self.directory)
+        # Some network file systems give no numbers.
+        if disk.total and disk.free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _write_checksums(self) -> None:
         """Called by Orbax in its thread, when all is written and not yet under its final name."""

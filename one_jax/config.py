@@ -42,6 +42,8 @@ def default_config() -> config_dict.ConfigDict:
     # Networks of unlike members, separated by commas, in place of copies of `name`; they share
     # nothing.
     model.members = ''
+    # An exported student of the same network to start from, for fine-tuning; empty: random numbers.
+    model.init_from = ''
     # Computation in 'float32', 'bfloat16' (parameters, statistics and losses stay float32) or
     # 'float64'.
     model.dtype = 'float32'

@@ -1,81 +1,121 @@
 """Takes the student out of a run.
 
-    python -m one_jax.export --workdir=DIR --output=DIR [--branch=N|ensemble]
+    python -m one_jax.export --workdir=DIR --output=DIR [--branch=N|ensemble|teacher]
+        [--fold_batch_norm] [--weights=float32|float16|bfloat16|int8] [--onnx] [--latency]
+        [--data_dir=DIR] [--data_root=DIR]
 
-The folder holds `student.safetensors` (PyTorch's names and layout), `config.json` and
-`student.stablehlo`: the network as a program from uint8 images to logits, for any batch size, which
-`jax.export.deserialize` loads without one_jax.
+The folder holds `student.safetensors` (PyTorch's names and layout), `config.json`, a model card
+(`README.md`) and `student.stablehlo`: the network as a program from uint8 images to logits, for any
+batch size, which `jax.export.deserialize` loads without one_jax; with --onnx also `student.onnx`,
+the same for ONNX Runtime. Every file is checked against the network in training on test images of
+the run before the folder appears.
 """
 
-import shutil
-import tempfile
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
-import numpy as np
-import safetensors.numpy
 from absl import flags
+from ml_collections import config_dict
 
-from one_jax import checkpoint, command, evaluate, methods, torch_interop, workdir
+from one_jax import (
+    batch_norm_folding,
+    checkpoint,
+    command,
+    deployment,
+    latency,
+    methods,
+    model_card,
+    onnx_export,
+    quantisation,
+    self_check,
+    student_folder,
+    workdir,
+)
 from one_jax import student as student_lib
 from one_jax.errors import ConfigError, UserError
 from one_jax.models import cost
-from one_jax.models.multibranch import join_ensemble, split_ensemble, student_variables
 from one_jax.state import evaluated_variables
 
-PLATFORMS = ('cpu', 'cuda', 'tpu')
-# What of the config tells the data set apart, wherever it is: evaluation of the student takes it.
-DATA_FIELDS = ('name', 'generated_examples', 'image_size', 'stream')
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a student is written.
+
+    Attributes:
+      fold_batch_norm: whether batch normalisations become part of the convolutions.
+      weights: how kernels are stored, one of `quantisation.TYPES`.
+      onnx: whether to write an ONNX model too.
+      latency: whether to measure latencies for the model card.
+      data_dir: where the run's data set is now, in place of the run's `data.data_dir`.
+      data_root: the same for `data.root`.
+    """
+
+    fold_batch_norm: bool = False
+    weights: str = 'float32'
+    onnx: bool = False
+    latency: bool = False
+    data_dir: str | None = None
+    data_root: str | None = None
+
+    def check(self) -> None:
+        """Raises `UserError` for what is not allowed, or not installed."""
+        if self.weights not in quantisation.TYPES:
+            raise ConfigError('weights', self.weights, quantisation.TYPES)
+        if self.onnx:
+            onnx_export.require_packages()
 
 
 def export_student(
-    directory: Path, output: Path, branch: int | str | None = None
+    directory: Path,
+    output: Path,
+    branch: int | str | None = None,
+    options: Options = Options(),
 ) -> student_lib.Student:
-    """Writes a branch of a run's newest checkpoint, or the ensemble of all branches, as a student
-    folder, whole or not at all.
+    """Writes a branch of a run's newest checkpoint, or all branches, as a student folder, whole or
+    not at all.
 
     Args:
       directory: the workdir of a run.
       output: a folder that does not exist yet, or is empty.
-      branch: from 0, or 'ensemble'; None takes what the method deploys.
+      branch: from 0; 'ensemble', the mean of the branches' logits; 'teacher', the branches with the
+        aggregator that weighs them; None takes what the method deploys.
+      options: how it is written.
 
     Returns:
       The student as read back from the folder.
 
     Raises:
-      UserError: no run, no checkpoint, no such branch, or something is in `output` already.
+      UserError: no run, no checkpoint, no such branch, something is in `output` already, or an
+        option that does not suit.
+      RuntimeError: a file does not compute what the run does.
     """
     config = workdir.read_config(directory)
     method = methods.create(config)
-    branch = _parse_branch(branch, method)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f'output={str(output)!r} exists: nothing is overwritten, give a new folder')
+    branch = deployment.parse_branch(branch, method)
+    options.check()
+    student_folder.require_new(output)
     with checkpoint.Checkpoints(directory / workdir.CHECKPOINTS, read_only=True) as checkpoints:
         state, progress, step = checkpoints.read()
-    data = progress['data']
-    kind = {'network': config.model.name, 'num_classes': data['num_classes']}
-    if branch == 'ensemble':
-        kind['ensemble'] = {
-            'members': list(method.members),
-            'share_stages': config.model.share_stages,
-            'share_stem': method.shares_stem,
-        }
-    else:
-        kind['network'] = method.members[branch]
+    data, found = progress['data'], deployment.find_record(progress['evaluations'], step)
+    image_shape, num_classes = tuple(data['image_shape']), data['num_classes']
+    trained = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), evaluated_variables(state))
+    kind = deployment.describe_network(method, branch, num_classes)
+    variables = deployment.select_variables(trained, method, branch)
+    if options.fold_batch_norm:
+        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        variables = batch_norm_folding.fold(student_lib.make_network(kind), variables, images)
+        kind['batch_norm'] = 'folded'
     network = student_lib.make_network(kind)
-    parameters, flops = cost.forward_cost(network, tuple(data['image_shape']))
+    parameters, flops = cost.forward_cost(network, image_shape)
     description = {
         **kind,
-        'label_names': data['label_names'],
-        'input_size': data['image_shape'][:2],
-        'channels': 'RGB',
-        'mean': data['mean'],
-        'std': data['std'],
-        'metric': _branch_metric(progress['evaluations'], step, branch),
-        'data': {field: config.data[field] for field in DATA_FIELDS},
+        **deployment.describe_data(config, data),
+        'weights': options.weights,
+        'metric': deployment.metric(found, branch),
         'method': config.method.name,
         'branch': branch,
         'step': step,
@@ -84,111 +124,70 @@ def export_student(
         'flops': flops,
         'versions': workdir.versions(),
     }
-    variables = evaluated_variables(state)
-    if branch == 'ensemble':
-        parts = split_ensemble(variables, method.num_branches)
-        variables = join_ensemble(parts, alike=len(set(method.members)) == 1)
-    else:
-        variables = student_variables(variables, branch)
-    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f'.{output.name}.'))
-    try:
-        _write_folder(temporary, student_lib.Student(description, network, variables), step)
-        temporary.chmod(0o755)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    examples = _load_images(config, data, options)
+    reference = self_check.training_logits(config, method, trained, branch, data)
+    with student_folder.whole_or_not_at_all(output) as folder:
+        whole = student_lib.Student(description, network, variables)
+        student = student_folder.write_weights(folder, whole, options.weights)
+        programs = student_folder.write_programs(folder, student, options.onnx)
+        formats = {student_lib.WEIGHTS: student, **programs}
+        rounded = options.weights != 'float32'
+        description['checks'] = self_check.compare(formats, reference, rounded, examples)
+        if options.latency:
+            description['latency'] = latency.measure(formats, image_shape[:2])
+        workdir.write_json(folder / student_lib.CONFIG, description)
+        card = model_card.render(
+            description,
+            student_folder.sizes(folder),
+            model_card.Training.of_run(directory, config, method.settings),
+            deployment.compare_predictors(method, found, num_classes, image_shape),
+        )
+        (folder / student_lib.CARD).write_text(card)
     return student_lib.load_student(output)
 
 
-def _parse_branch(branch: int | str | None, method: methods.Method) -> int | str:
-    wanted = method.deployed.removeprefix('branch ') if branch is None else str(branch)
-    if wanted == 'ensemble' and method.num_branches > 1:
-        return wanted
-    if not (wanted.isdecimal() and int(wanted) < method.num_branches):
-        ensemble = ", or 'ensemble'" if method.num_branches > 1 else ''
-        raise ConfigError('branch', branch, f'0 to {method.num_branches - 1}{ensemble}')
-    return int(wanted)
-
-
-def _branch_metric(
-    evaluations: dict[str, dict[str, Any]], step: int, branch: int | str
-) -> dict[str, Any] | None:
-    """What the branch scored at this step, on the test split if it was evaluated there."""
-
-    def score(record: dict[str, Any], measure: str) -> float:
-        if branch == 'ensemble':
-            return record[f'ensemble_{measure}']
-        return record[f'branch_{measure}'][branch]
-
-    for split in ('test', 'validation'):
-        record = evaluations.get(split)
-        if record is not None and record['step'] == step:
-            measures = {name: score(record, name) for name in evaluate.MEASURES}
-            return {'split': split, **measures}
-    return None
-
-
-def _write_folder(folder: Path, student: student_lib.Student, step: int) -> None:
-    """Writes the files and reads them back: what is on disk must compute what the run computed."""
-    if student.num_branches > 1:
-        state_dict = torch_interop.ensemble_to_state_dict(student.variables, student.num_branches)
-    else:
-        state_dict = torch_interop.to_state_dict(student.variables)
-    for name in [name for name in state_dict if name.endswith('.running_mean')]:
-        counter = name.removesuffix('running_mean') + 'num_batches_tracked'
-        state_dict[counter] = np.asarray(step, np.int64)
-    weights = safetensors.numpy.save(state_dict, metadata={'format': 'pt'})
-    (folder / student_lib.WEIGHTS).write_bytes(weights)
-    workdir.write_json(folder / student_lib.CONFIG, student.config)
-    program = export_program(student)
-    (folder / student_lib.PROGRAM).write_bytes(program)
-
-    height, width = student.config['input_size']
-    images = np.random.default_rng(0).integers(0, 256, (4, height, width, 3), np.uint8)
-    expected = np.asarray(student(images))
-    for name, actual in (
-        (student_lib.WEIGHTS, student_lib.load_student(folder)(images)),
-        (student_lib.PROGRAM, jax.export.deserialize(bytearray(program)).call(images)),
-    ):
-        if not np.allclose(actual, expected, rtol=1e-4, atol=1e-4):
-            difference = np.abs(np.asarray(actual) - expected).max()
-            raise RuntimeError(f'{name} does not compute what the run does: {difference} apart')
-
-
-def export_program(student: student_lib.Student) -> bytes:
-    """A serialised `jax.export` program: uint8 [batch, H, W, 3] to float32 logits [batch, C]."""
-    height, width = student.config['input_size']
-    (batch,) = jax.export.symbolic_shape('batch')
-    images = jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8)
-    predict = jax.jit(lambda images: student.predict(student.variables, images))
-    exported = jax.export.export(predict, platforms=PLATFORMS)(images)
-    return bytes(exported.serialize())
-
-
-def _in_words(branch: int | str) -> str:
-    return branch if branch == 'ensemble' else f'branch {branch}'
+def _load_images(config: Any, data: Mapping[str, Any], options: Options) -> self_check.Images:
+    elsewhere = {'data_dir': options.data_dir, 'root': options.data_root}
+    elsewhere = {field: value for field, value in elsewhere.items() if value is not None}
+    data_config = config_dict.ConfigDict({**config.data.to_dict(), **elsewhere})
+    return self_check.load_images(data_config, data, required=bool(elsewhere))
 
 
 def main() -> None:
     """Exports what the flags name."""
-    if not flags.FLAGS.workdir or not flags.FLAGS.output:
+    values = flags.FLAGS
+    if not values.workdir or not values.output:
         raise UserError('give --workdir=DIR, the run, and --output=DIR, a new folder')
-    output = Path(flags.FLAGS.output)
-    student = export_student(Path(flags.FLAGS.workdir), output, flags.FLAGS.branch)
+    output = Path(values.output)
+    options = Options(
+        **{field.name: values[field.name].value for field in dataclasses.fields(Options)}
+    )
+    student = export_student(Path(values.workdir), output, values.branch, options)
     metric = student.config['metric'] or {}
     score = f', {metric["split"]} top-1 {metric["top1"]:.2f} %' if metric else ''
     print(
-        f'{output}: {student.config["network"]}, {_in_words(student.config["branch"])}, '
+        f'{output}: {student.config["network"]}, {deployment.in_words(student.config["branch"])}, '
         f'{student.config["parameters"]:,} parameters{score}'
     )
+    print(self_check.summary(student.config['checks']))
 
 
 if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'The directory of a run.')
     flags.DEFINE_string('output', None, 'The folder to write; it must not exist, or be empty.')
     flags.DEFINE_string(
-        'branch', None, "Which branch, from 0, or 'ensemble'; what the method deploys by default."
+        'branch',
+        None,
+        "Which branch, from 0, 'ensemble' or 'teacher'; what the method deploys by default.",
     )
+    flags.DEFINE_boolean(
+        'fold_batch_norm', False, 'Make batch normalisations part of the convolutions before them.'
+    )
+    flags.DEFINE_string(
+        'weights', 'float32', f'How weights are stored: {", ".join(quantisation.TYPES)}.'
+    )
+    flags.DEFINE_boolean('onnx', False, "Write student.onnx too; pip install 'one_jax[onnx]'.")
+    flags.DEFINE_boolean('latency', False, 'Measure latencies on this machine for the model card.')
+    flags.DEFINE_string('data_dir', None, 'Where the data set of the run is now, for the check.')
+    flags.DEFINE_string('data_root', None, 'The same for a folder of images.')
     command.run(main)

@@ -47,19 +47,22 @@ class Guard:
           NonFiniteError: with the step, the term and the member.
         """
         numbers = {name: np.asarray(values, np.float64) for name, values in scalars.items()}
-        finite = np.all(
+        good_steps = np.all(
             [np.isfinite(x.reshape(len(x), -1)).all(axis=1) for x in numbers.values()], axis=0
         )
-        for index, good in enumerate(finite):
+        if SKIPPED in numbers:
+            # The step also looks at the parameters it made, of which no scalar tells.
+            good_steps &= numbers[SKIPPED] == 0
+        for index, good in enumerate(good_steps):
             self.skipped_in_a_row = 0 if good else self.skipped_in_a_row + 1
             if self.skipped_in_a_row > self._config.train.skip_nonfinite_steps:
                 values = {name: array[index] for name, array in numbers.items()}
                 self._stop(first_step + index, values, saved)
 
-    def check_parameters(self, step: int, params: Any, saved: int | None) -> None:
-        """Raises `NonFiniteError` if parameters that are about to be saved are not finite."""
-        if not self._all_finite(params):
-            self._stop(step, {'parameters': np.asarray(np.nan)}, saved)
+    def check_variables(self, step: int, variables: Any, saved: int | None) -> None:
+        """Raises `NonFiniteError` if what is about to be evaluated or saved is not finite."""
+        if not self._all_finite(variables):
+            self._stop(step, {}, saved)
 
     def _stop(self, step: int, scalars: Mapping[str, np.ndarray], saved: int | None) -> None:
         terms = [
@@ -70,6 +73,8 @@ class Guard:
         ]
         # The loss is the sum of its terms, which say more.
         terms.sort(key=lambda term: term.startswith(('loss ', 'gradient_norm ')))
+        # No scalar tells of a step whose loss is finite and whose result is not.
+        terms = terms or ['parameters or statistics that it made']
         checkpoint = 'there is no checkpoint yet'
         if saved is not None:
             checkpoint = f'the checkpoint of step {saved} is kept'

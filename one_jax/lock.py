@@ -29,9 +29,7 @@ def hold(workdir: Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / FILE_NAME).open('a+')
     except OSError as error:
-        raise UserError(
-            f'workdir={str(workdir)!r} cannot be written ({error.strerror}): give another --workdir'
-        ) from None
+        raise _unwritable(workdir, error) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,7 +43,38 @@ def hold(workdir: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
-        file.truncate(0)
-        file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
-        file.flush()
+        try:
+            file.truncate(0)
+            # Past Python's buffer, which would be written once more, and fail, when it is closed.
+            os.write(file.fileno(), _own_name().encode())
+        except OSError as error:
+            raise _unwritable(workdir, error) from None
         yield
+
+
+def require(workdir: Path) -> None:
+    """Makes sure that what this process holds is still there.
+
+    Raises:
+      UserError: `workdir` was removed or moved, or is another process's by now.
+    """
+    try:
+        holder = (workdir / FILE_NAME).read_text()
+    except OSError:
+        holder = ''
+    if holder != _own_name():
+        raise UserError(
+            f'workdir={str(workdir)!r} was removed, moved or replaced while the run was writing to '
+            'it: nothing more is written there; put it back or give another --workdir, and run '
+            'again'
+        )
+
+
+def _own_name() -> str:
+    return f'process {os.getpid()} on {socket.gethostname()}\n'
+
+
+def _unwritable(workdir: Path, error: OSError) -> UserError:
+    return UserError(
+        f'workdir={str(workdir)!r} cannot be written ({error.strerror}): give another --workdir'
+    )

@@ -196,6 +196,8 @@ class RecordWriter:
         self._events = tensorboardX.SummaryWriter(
             str(workdir),
             purge_step=0 if resume_step is None else resume_step + 1,
+            # No bound: its thread ends when the disk is full, and would let us wait for ever.
+            max_queue=0,
             flush_secs=10,
             # By itself the name tells only seconds apart: a quick resume would overwrite the file.
             filename_suffix=f'.{time.time_ns()}',
@@ -232,10 +234,14 @@ class RecordWriter:
             for index, value in np.ndenumerate(values):
                 tag = '/'.join([split, name, *map(str, index)])
                 self._events.add_scalar(tag, float(value), int(step))
+        # What its thread could not write fails here.
+        self._events.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        try:
+            self._file.close()
+        finally:
+            self._events.close()
 
     def __enter__(self) -> Self:
         return self

@@ -110,11 +110,13 @@ def agree(facts: Mapping[str, str], error: UserError | None = None) -> None:
     """Makes sure that all processes are about to do the same.
 
     Args:
-      facts: by name ('config', 'data', ...), what must be equal everywhere.
+      facts: by name ('config', 'data', ...), what must be equal everywhere; the names are the same
+        in all processes, the lines of each are in any number.
       error: what this process found wrong before; all stop if one has an error.
 
     Raises:
-      UserError: `error`; or another process has one; or they differ, in the named fact.
+      UserError: `error`; or another process has one; or they differ, in the named fact, with the
+        first line that is not the same.
     """
     if jax.process_count() == 1:
         if error is not None:
@@ -130,12 +132,24 @@ def agree(facts: Mapping[str, str], error: UserError | None = None) -> None:
     if failed.any():
         raise UserError(f'process {int(failed.argmax())} cannot start: its own message says why')
     for index, name in enumerate(facts):
-        for process, digest in enumerate(everyone[:, index]):
-            if not np.array_equal(digest, everyone[0, index]):
-                raise UserError(
-                    f'process {process} has another {name} than process 0: start all processes '
-                    'with the same command, data and version of one_jax'
-                )
+        different = (everyone[:, index] != everyone[0, index]).any(axis=1)
+        if different.any():
+            process = int(different.argmax())
+            ours, theirs = _lines_apart(facts[name], process)
+            raise UserError(
+                f'process {process} has another {name} than process 0 ({theirs} and not {ours}): '
+                'start all processes with the same command, data and version of one_jax'
+            )
+
+
+def _lines_apart(fact: str, process: int) -> tuple[str, str]:
+    """The first lines that only process 0, and only another one, has; all processes call this."""
+    size = multihost_utils.process_allgather(np.int32(len(fact.encode()))).max()
+    padded = np.frombuffer(fact.encode().ljust(size), np.uint8)
+    texts = multihost_utils.process_allgather(padded)
+    first, other = (bytes(texts[index]).decode().rstrip().splitlines() for index in (0, process))
+    ours = next((line for line in first if line not in other), 'nothing')
+    return ours, next((line for line in other if line not in first), 'nothing')
 
 
 def stop_signals() -> tuple[int, ...]:

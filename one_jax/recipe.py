@@ -1,12 +1,15 @@
 """What a config and a data set's description determine, put together."""
 
 import dataclasses
+import zlib
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 from flax import linen as nn
 
-from one_jax import methods, models, optimizer, parallel, teachers
+from one_jax import fine_tuning, methods, models, optimizer, parallel, teachers
 from one_jax.data import datasets
 from one_jax.student import Student
 
@@ -21,6 +24,7 @@ class Recipe:
       method: the distillation method.
       network: the branched network.
       teachers: the frozen teachers.
+      initial: the student whose weights a fresh run starts from, or None.
       steps_per_epoch: whole batches in the training split.
       total_steps: of the run.
       schedule: learning rate by step.
@@ -32,6 +36,7 @@ class Recipe:
     method: methods.Method
     network: nn.Module
     teachers: tuple[Student, ...]
+    initial: Student | None
     steps_per_epoch: int
     total_steps: int
     schedule: optax.Schedule
@@ -41,12 +46,26 @@ class Recipe:
     def total_epochs(self) -> float:
         return self.total_steps / self.steps_per_epoch
 
+    def student_checksums(self) -> dict[str, int]:
+        """Of the weights of each exported student that the run makes use of."""
+        students = {f'teacher {index}': teacher for index, teacher in enumerate(self.teachers)}
+        if self.initial is not None:
+            students['initial'] = self.initial
+        return {name: _checksum(student.variables) for name, student in students.items()}
+
+
+def _checksum(tree: Any) -> int:
+    checksum = 0
+    for leaf in jax.tree.leaves(tree):
+        checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
+    return checksum
+
 
 def make_recipe(config: Any, spec: datasets.DatasetSpec, steps_per_epoch: int) -> Recipe:
     """Puts together what training needs; `config` is resolved and valid.
 
     Raises:
-      UserError: a frozen teacher cannot be read, or does not suit the data set.
+      UserError: a frozen teacher or the student to start from cannot be read, or does not suit.
     """
     method = methods.create(config)
     network = models.make_network(
@@ -65,6 +84,7 @@ def make_recipe(config: Any, spec: datasets.DatasetSpec, steps_per_epoch: int) -
         method,
         network,
         teachers.load(method, spec),
+        fine_tuning.load(config, method),
         steps_per_epoch,
         total_steps,
         schedule,

@@ -5,7 +5,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from one_jax import models, workdir
-from one_jax.data import datasets
+from one_jax.data import datasets, jpeg
 from one_jax.models import cost
 from one_jax.recipe import Recipe
 
@@ -14,7 +14,9 @@ def describe_data(dataset: datasets.Dataset | datasets.StreamedDataset) -> dict[
     """What a student needs to know of the data it was trained on."""
     fields = ('num_classes', 'image_shape', 'mean', 'std')
     description = {field: getattr(dataset.spec, field) for field in fields}
-    return {**description, 'label_names': list(dataset.label_names)}
+    # The share of the shorter side that the test images show.
+    crop = jpeg.EVALUATION_CROP if dataset.spec.streamed else 1.0
+    return {**description, 'crop': crop, 'label_names': list(dataset.label_names)}
 
 
 def make_result(recipe: Recipe, progress: dict[str, Any], name: str, mesh: Mesh) -> dict[str, Any]:

@@ -42,6 +42,13 @@ class TrainState:
         """What is evaluated and exported: the averages, where they are kept."""
         return self.variables if self.averages is None else self.averages
 
+    def with_fresh_averages(self) -> 'TrainState':
+        """This state with its averages started at the variables, if there are any."""
+        if self.averages is None:
+            return self
+        # A copy, because the step gives both sets of buffers away.
+        return self.replace(averages=jax.tree.map(jnp.copy, self.variables))
+
     def with_averages(self, decay: float) -> 'TrainState':
         """This state with its averages moved on, if there are any.
 
@@ -85,15 +92,15 @@ def init_state(
     """
     init_key, rng = jax.random.split(jax.random.PRNGKey(seed))
     variables = network.init(init_key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
+    # Flax begins float64 statistics in float32; after one step they would be of another type.
+    dtype = jnp.result_type(*jax.tree.leaves(variables['params']))
+    batch_stats = jax.tree.map(lambda x: x.astype(dtype), variables['batch_stats'])
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables['params'],
-        batch_stats=variables['batch_stats'],
+        batch_stats=batch_stats,
         opt_state=optimizer.init(variables['params']),
         rng=rng,
         method=method_state,
     )
-    # A copy, because the step gives both sets of buffers away.
-    return (
-        state.replace(averages=jax.tree.map(jnp.copy, state.variables)) if with_averages else state
-    )
+    return state.replace(averages=()).with_fresh_averages() if with_averages else state

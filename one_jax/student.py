@@ -2,26 +2,33 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import safetensors.numpy
+import numpy as np
+import safetensors
 from flax import linen as nn
+from ml_collections import config_dict
 
-from one_jax import models, torch_interop, workdir
+from one_jax import methods, models, quantisation, torch_interop, workdir
+from one_jax.batch_norm_folding import FoldedNetwork
 from one_jax.data import augment, datasets
-from one_jax.errors import UserError
+from one_jax.errors import ConfigError, UserError
+from one_jax.models import multibranch
 
 CONFIG, WEIGHTS, PROGRAM = 'config.json', 'student.safetensors', 'student.stablehlo'
+MODEL, CARD = 'student.onnx', 'README.md'
+BATCH_NORM = ('separate', 'folded')
+_AGGREGATOR = 'aggregator.'
 
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A trained network that takes images as they are: a plain one, or an ensemble of branches.
+    """A trained network that takes images as they are: a plain one, an ensemble of branches, or one
+    with the aggregator that weighs them.
 
     Attributes:
       config: the content of the folder's `config.json`.
@@ -30,7 +37,7 @@ class Student:
     """
 
     config: dict[str, Any]
-    network: nn.Module
+    network: nn.Module | FoldedNetwork
     variables: dict[str, Any]
 
     @property
@@ -62,9 +69,13 @@ class Student:
         return self.logits(variables, normalised)
 
     def logits(self, variables: Any, normalised: jax.Array) -> jax.Array:
-        """Maps normalised images [B, H, W, 3] to logits [B, C]; of an ensemble, its mean logits."""
-        logits = self.network.apply(variables, normalised, train=False).logits
-        return logits.mean(axis=0) if self.num_branches > 1 else logits
+        """Maps normalised images [B, H, W, 3] to logits [B, C]: of an ensemble its mean logits, or
+        those of its aggregator.
+        """
+        outputs = self.network.apply(variables, normalised, train=False)
+        if 'aggregator' in self.config.get('ensemble', {}):
+            return outputs.teacher_logits
+        return outputs.logits.mean(axis=0) if self.num_branches > 1 else outputs.logits
 
     @property
     def num_branches(self) -> int:
@@ -98,48 +109,118 @@ def load_student(directory: str | Path) -> Student:
             )
     config = workdir.read_json(directory / CONFIG)
     try:
-        operator.itemgetter('mean', 'std', 'label_names')(config)
         network = make_network(config)
         height, width = config['input_size']
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{str(directory / CONFIG)!r} describes no student: {error}') from None
-    try:
-        state_dict = safetensors.numpy.load_file(directory / WEIGHTS)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f'{str(directory / WEIGHTS)!r} is damaged: {error}') from None
+    state_dict = quantisation.decode(_read_weights(directory / WEIGHTS))
     template = jax.eval_shape(
         lambda key, images: network.init(key, images, train=False),
         jax.random.key(0),
         jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32),
     )
     student = Student(config, network, template)
-    if student.num_branches > 1:
-        variables = torch_interop.ensemble_from_state_dict(
-            state_dict, template, student.num_branches
+    variables = from_state_dict(state_dict, template, student.num_branches)
+    if missing := [name for name in ('mean', 'std', 'label_names') if name not in config]:
+        raise UserError(
+            f'{str(directory / CONFIG)!r} describes no student: it has no {", ".join(missing)}'
         )
-    else:
-        variables = torch_interop.from_state_dict(state_dict, template)
     return dataclasses.replace(student, variables=jax.tree.map(jnp.asarray, variables))
 
 
-def make_network(config: Mapping[str, Any]) -> nn.Module:
+def _read_weights(path: Path) -> dict[str, np.ndarray]:
+    # `safetensors.numpy.load_file` knows no bfloat16.
+    try:
+        with safetensors.safe_open(path, framework='numpy') as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, TypeError) as error:
+        raise UserError(f'{str(path)!r} is damaged: {error}') from None
+
+
+def to_state_dict(variables: Mapping[str, Any], num_branches: int) -> dict[str, np.ndarray]:
+    """A student's variables under PyTorch's names: those of branch i of an ensemble behind
+    'branches.i.', its aggregator's behind 'aggregator.'.
+
+    Args:
+      variables: of `Student.network`.
+      num_branches: K; 1 of a plain network.
+    """
+    if num_branches == 1:
+        return torch_interop.to_state_dict(variables)
+    aggregator = torch_interop.to_state_dict(multibranch.aggregator_variables(variables))
+    return {
+        **torch_interop.ensemble_to_state_dict(variables, num_branches),
+        **{_AGGREGATOR + name: array for name, array in aggregator.items()},
+    }
+
+
+def from_state_dict(
+    state_dict: Mapping[str, np.ndarray], template: Mapping[str, Any], num_branches: int
+) -> dict[str, Any]:
+    """The inverse of `to_state_dict`; see `torch_interop.from_state_dict`."""
+    if num_branches == 1:
+        return torch_interop.from_state_dict(state_dict, template)
+    own = {name: x for name, x in state_dict.items() if name.startswith(_AGGREGATOR)}
+    others = {name: x for name, x in state_dict.items() if name not in own}
+    variables = torch_interop.ensemble_from_state_dict(others, template, num_branches)
+    aggregator = torch_interop.from_state_dict(
+        {name.removeprefix(_AGGREGATOR): x for name, x in own.items()},
+        multibranch.aggregator_variables(template),
+    )
+    for name, tree in aggregator.items():
+        variables.setdefault(name, {})['aggregator'] = tree
+    return variables
+
+
+def make_network(config: Mapping[str, Any]) -> nn.Module | FoldedNetwork:
     """The network that a student's config.json describes.
 
     Args:
       config: 'network' and 'num_classes'; of an ensemble also 'ensemble', with its 'members',
-        'share_stages' and 'share_stem'.
+        'share_stages' and 'share_stem', and, where it has an aggregator, 'aggregator': the 'method'
+        it is of and the method's 'settings'. 'batch_norm', one of `BATCH_NORM`, may be left out.
+
+    Raises:
+      ConfigError: a value that is not allowed.
+      KeyError: something is missing.
     """
-    if 'ensemble' not in config:
-        return models.make_backbone(config['network'], config['num_classes'])()
-    ensemble = config['ensemble']
-    members = ensemble['members']
+    batch_norm = config.get('batch_norm', BATCH_NORM[0])
+    if batch_norm not in BATCH_NORM:
+        raise ConfigError('batch_norm', batch_norm, BATCH_NORM)
+    if 'ensemble' in config:
+        network = _make_ensemble(config['ensemble'], config['num_classes'])
+    else:
+        network = models.make_backbone(config['network'], config['num_classes'])()
+    return FoldedNetwork(network) if batch_norm == 'folded' else network
+
+
+def _make_ensemble(ensemble: Mapping[str, Any], num_classes: int) -> models.MultiBranch:
+    members, make_aggregator = ensemble['members'], None
+    if 'aggregator' in ensemble:
+        method = methods.create(
+            config_dict.ConfigDict(
+                {
+                    'model': {
+                        'name': members[0],
+                        'members': ','.join(members),
+                        'num_branches': None,
+                        'share_stages': ensemble['share_stages'],
+                    },
+                    'method': {
+                        'name': ensemble['aggregator']['method'],
+                        **ensemble['aggregator']['settings'],
+                    },
+                }
+            )
+        )
+        make_aggregator = method.make_aggregator
     alike = len(set(members)) == 1
     return models.MultiBranch(
         make_backbones=tuple(
-            models.make_backbone(name, config['num_classes'])
-            for name in (members[:1] if alike else members)
+            models.make_backbone(name, num_classes) for name in (members[:1] if alike else members)
         ),
         num_branches=len(members),
         share_stages=ensemble['share_stages'],
         share_stem=ensemble['share_stem'],
+        make_aggregator=make_aggregator,
     )

@@ -1,9 +1,7 @@
 """Training: the step, and the loop that reads from top to bottom."""
 
 import contextlib
-import functools
 import itertools
-import json
 import os
 import signal
 import time
@@ -17,7 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from one_jax import (
     checkpoint,
+    device_memory,
     evaluate,
+    fine_tuning,
     guard,
     lock,
     metrics,
@@ -61,22 +61,26 @@ def train_and_evaluate(config: Any, directory: str | Path) -> dict[str, Any]:
     config, dataset = _prepare(config, directory, mesh)
     if (directory / workdir.RESULT).exists():
         return workdir.read_json(directory / workdir.RESULT)
-    batches = dataset.train_batches(config.data.batch_size, config.seed)
-    recipe = make_recipe(config, dataset.spec, batches.steps_per_epoch)
+    batches, recipe = _plan(config, dataset)
     evaluator = evaluate.Evaluator(config, recipe.method, recipe.network, dataset, mesh)
-    with contextlib.ExitStack() as stack:
+    with workdir.reporting_failed_writes(directory), contextlib.ExitStack() as stack:
         _take(directory, stack)
         checkpoints = stack.enter_context(
             checkpoint.Checkpoints(
                 directory / workdir.CHECKPOINTS, keep_latest=config.train.keep_checkpoints
             )
         )
-        state, progress = _start_or_resume(recipe, mesh, checkpoints)
+        state, progress = _start_or_resume(recipe, mesh, checkpoints, dataset.label_names)
         progress['data'] = describe_data(dataset)
         _check_teachers(recipe, progress)
+        train_step = device_memory.CompiledSteps(make_train_step(recipe, mesh), recipe, mesh)
+        if count := _steps_to_call(recipe, int(state.step)):
+            train_step.require_memory(count)
         if processes.is_first():
             workdir.write_json(directory / workdir.CONFIG, config.to_dict())
-        state = _train(recipe, mesh, batches, evaluator, state, progress, checkpoints, directory)
+        state = _train(
+            recipe, mesh, train_step, batches, evaluator, state, progress, checkpoints, directory
+        )
         result = make_result(recipe, progress, directory.name, mesh)
         if processes.is_first():
             curves.plot_run(metrics.read_records(directory), directory / workdir.CURVES)
@@ -118,34 +122,59 @@ def _prepare(
                 dataset = datasets.load(config.data)
         except UserError as raised:
             error = raised
-    facts = {'config': '', 'data set': '', 'version of one_jax or JAX': ''}
-    if error is None:
+    facts = {'version of the code': '', 'config': '', 'data set': ''}
+    if error is None and jax.process_count() > 1:
         fields = config_lib.flatten(resolved)
         same = {name: fields[name] for name in fields.keys() - set(config_lib.MACHINE_FIELDS)}
-        facts['config'] = json.dumps(same, sort_keys=True)
-        facts['data set'] = repr(dataset and (dataset.spec, dataset.label_names))
-        facts['version of one_jax or JAX'] = repr(workdir.versions())
+        facts['version of the code'] = _lines(workdir.versions())
+        facts['config'] = _lines(same)
+        facts['data set'] = _lines({} if dataset is None else dataset.facts())
     processes.agree(facts, error)
     return resolved, dataset
 
 
+def _plan(config: Any, dataset: datasets.Dataset | datasets.StreamedDataset) -> tuple[Any, Recipe]:
+    """The batches and the recipe; several processes have the same students to learn from."""
+    error, facts = None, {'student': ''}
+    try:
+        batches = dataset.train_batches(config.data.batch_size, config.seed)
+        recipe = make_recipe(config, dataset.spec, batches.steps_per_epoch)
+        facts['student'] = _lines(recipe.student_checksums())
+    except UserError as raised:
+        error = raised
+    processes.agree(facts, error)
+    return batches, recipe
+
+
+def _lines(facts: dict[str, Any]) -> str:
+    return '\n'.join(f'{name}={value!r}' for name, value in sorted(facts.items()))
+
+
 def _start_or_resume(
-    recipe: Recipe, mesh: Mesh, checkpoints: checkpoint.Checkpoints
+    recipe: Recipe,
+    mesh: Mesh,
+    checkpoints: checkpoint.Checkpoints,
+    label_names: tuple[str, ...],
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state of the newest good checkpoint or a fresh one, and what is kept beside it.
 
     The second value is kept beside the state: `seconds` so far, the `window` of metrics not yet in
     a record, and the last of the `evaluations` of each split.
     """
-    initialise = functools.partial(
-        init_state,
-        recipe.network,
-        recipe.optimizer,
-        recipe.spec.image_shape,
-        recipe.config.seed,
-        with_averages=recipe.config.train.ema_decay > 0,
-        method_state=recipe.method.initial_state(),
-    )
+
+    def initialise() -> TrainState:
+        state = init_state(
+            recipe.network,
+            recipe.optimizer,
+            recipe.spec.image_shape,
+            recipe.config.seed,
+            with_averages=recipe.config.train.ema_decay > 0,
+            method_state=recipe.method.initial_state(),
+        )
+        if recipe.initial is None:
+            return state
+        return fine_tuning.start_from(state, recipe.initial, label_names)
+
     replicated = NamedSharding(mesh, P())
     template = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
@@ -173,9 +202,25 @@ def _check_teachers(recipe: Recipe, progress: dict[str, Any]) -> None:
     progress['teachers'] = described
 
 
+def _next_record(recipe: Recipe, step: int) -> int:
+    """The step of the first training record after `step`."""
+    log_every, steps_per_epoch = recipe.config.train.log_every, recipe.steps_per_epoch
+    return min(
+        (step // log_every + 1) * log_every,
+        (step // steps_per_epoch + 1) * steps_per_epoch,
+        recipe.total_steps,
+    )
+
+
+def _steps_to_call(recipe: Recipe, step: int) -> int:
+    """How many steps the call after `step` makes: no record is passed over."""
+    return min(recipe.config.train.steps_per_call, _next_record(recipe, step) - step)
+
+
 def _train(
     recipe: Recipe,
     mesh: Mesh,
+    train_step: device_memory.CompiledSteps,
     batches: resident.ResidentBatches | streaming.StreamedBatches,
     evaluator: evaluate.Evaluator,
     state: TrainState,
@@ -185,7 +230,6 @@ def _train(
 ) -> TrainState:
     """Trains from `state` to the last step; `progress` is brought up to date on the way."""
     settings, steps_per_epoch = recipe.config.train, recipe.steps_per_epoch
-    train_step = make_train_step(recipe, mesh)
     teacher_variables = parallel.replicate([t.variables for t in recipe.teachers], mesh)
     window = [
         {name: np.asarray(values) for name, values in entry.items()} for entry in progress['window']
@@ -212,9 +256,14 @@ def _train(
         window = [*window[:fetched], *new]
         fetched = len(window)
 
+    def require_good_state() -> None:
+        watch.check_variables(step, state.variables, saved_at or None)
+        if processes.is_first():
+            lock.require(directory)
+
     def save() -> None:
         fetch()
-        watch.check_parameters(step, state.params, saved_at or None)
+        require_good_state()
         progress['seconds'] = time.monotonic() - started
         progress['window'] = jax.tree.map(lambda x: x.tolist(), window)
         progress['skipped_in_a_row'] = watch.skipped_in_a_row
@@ -226,14 +275,10 @@ def _train(
         contextlib.closing(_progress_bar(recipe, step)) as bar,
     ):
         while step < recipe.total_steps and not stopping:
-            record_at = min(
-                (step // settings.log_every + 1) * settings.log_every,
-                (step // steps_per_epoch + 1) * steps_per_epoch,
-                recipe.total_steps,
-            )
+            record_at = _next_record(recipe, step)
             if recipe.method.needs_validation and step % steps_per_epoch == 0:
                 state = evaluator.refresh(state)
-            count = min(settings.steps_per_call, record_at - step)
+            count = _steps_to_call(recipe, step)
             batch = _stack(list(itertools.islice(stream, count)))
             batch = parallel.shard_batch(batch, mesh, parallel.STEPS_AND_BATCH)
             state, scalars = train_step(state, batch, *teacher_variables)
@@ -245,6 +290,7 @@ def _train(
             epoch = step / steps_per_epoch
             if step == record_at:
                 fetch()
+                require_good_state()
                 means, window, fetched = _mean(window), [], 0
                 timing = {}
                 if step % settings.log_every == 0 or step == recipe.total_steps:

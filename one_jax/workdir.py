@@ -1,10 +1,12 @@
 """The files of a run beside its checkpoints: config.json, result.json; and whose workdir it is."""
 
 import contextlib
+import errno
 import json
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from one_jax import lock, metrics
 from one_jax.errors import UserError
 
 CONFIG, RESULT, CURVES, CHECKPOINTS = 'config.json', 'result.json', 'curves.png', 'checkpoints'
+# What a file system says that takes no more.
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE)
 
 
 def check(workdir: Path, config: Any) -> None:
@@ -42,11 +46,34 @@ def check(workdir: Path, config: Any) -> None:
                 f'workdir={str(workdir)!r} holds a run of another config; give another --workdir. '
                 f'They differ in {"; ".join(different)}'
             )
-    elif workdir.exists() and any(file.name != lock.FILE_NAME for file in workdir.iterdir()):
+    elif workdir.exists() and not all(map(_is_of_a_start, workdir.iterdir())):
         raise UserError(
             f'workdir={str(workdir)!r} is not empty and holds no {CONFIG}: '
             'give the directory of a run, or an empty or a new one'
         )
+
+
+def _is_of_a_start(file: Path) -> bool:
+    """Whether a run that was killed before it had a config.json may have left this file."""
+    return file.name == lock.FILE_NAME or file.name.startswith(f'.{CONFIG}.')
+
+
+@contextlib.contextmanager
+def reporting_failed_writes(workdir: Path) -> Iterator[None]:
+    """A block that writes to `workdir`.
+
+    Raises:
+      UserError: the disk is full, went away, or was made read-only.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        raise UserError(
+            f'workdir={str(workdir)!r} cannot be written any more ({error.strerror}); its '
+            'checkpoints are untouched: make room, and the same command goes on'
+        ) from error
 
 
 def read_config(workdir: Path) -> Any:

@@ -4,7 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from test_teachers import random_variables, write_student
+from student_fixtures import random_variables, write_student
 
 from one_jax import config as config_lib
 from one_jax import evaluate, export, student, torch_interop, train

@@ -46,3 +46,20 @@ def test_cosine_goes_from_the_peak_to_zero(warmup_epochs):
 
 def test_constant_stays():
     np.testing.assert_allclose(rates(schedule='constant'), 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize('schedule', ['step', 'cosine', 'constant'])
+def test_the_rate_follows_the_batch_from_the_reference(schedule):
+    """Four times the reference batch, four times the rate, in the warm-up too; 0 scales nothing."""
+    config = config_lib.default_config().optimizer
+    config.update(schedule=schedule, warmup_epochs=0.5)
+
+    def rates_of(batch_size, reference):
+        config.reference_batch_size = reference
+        schedule = make_schedule(config, 10, 100, batch_size)
+        return np.array([float(schedule(step)) for step in (0, 3, 5, 20, 60, 99)])
+
+    unscaled = rates_of(512, reference=0)
+    np.testing.assert_allclose(rates_of(512, reference=128), 4 * unscaled, rtol=1e-6)
+    np.testing.assert_allclose(rates_of(32, reference=128), unscaled / 4, rtol=1e-6)
+    np.testing.assert_array_equal(rates_of(128, reference=128), unscaled)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,6 +31,11 @@ class Dataset:
     spec: DatasetSpec
     label_names: tuple[str, ...]
     splits: Mapping[str, Examples]
+
+    def facts(self) -> dict[str, Any]:
+        """By name, what several processes must have alike, every image included."""
+        checksums = {f'{split} images': x.checksum() for split, x in self.splits.items()}
+        return {**_facts(self.spec, self.label_names), **checksums}
 
     @property
     def evaluated_splits(self) -> tuple[str, ...]:
@@ -64,6 +70,10 @@ class StreamedDataset:
     sources: Mapping[str, tfds.core.DatasetBuilder | records.ImageFiles]
     evaluated_splits: tuple[str, ...] = ('test',)
 
+    def facts(self) -> dict[str, Any]:
+        """By name, what several processes must have alike: not the images, which are not read."""
+        return _facts(self.spec, self.label_names)
+
     def train_batches(self, batch_size: int, seed: int) -> StreamedBatches:
         """Shuffled batches of this process's share, randomly cropped and flipped."""
         return StreamedBatches(
@@ -86,6 +96,10 @@ class StreamedDataset:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+
+
+def _facts(spec: DatasetSpec, label_names: tuple[str, ...]) -> dict[str, Any]:
+    return {**dataclasses.asdict(spec), 'label_names': label_names}
 
 
 def describe(data_config: config_dict.ConfigDict) -> DatasetSpec:

@@ -195,14 +195,14 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
       Exception: whatever the decoder of a damaged file raises.
     """
     with Image.open(path) as file:
-        image = _to_rgb(ImageOps.exif_transpose(file))
+        image = to_rgb(ImageOps.exif_transpose(file))
     if image_size:
         # Crops and resizes at once, which gives the same pixels but for rounding.
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(image)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode as RGB; transparency is dropped, and the 16 bits of grey images become 8."""
     if image.mode.startswith('I'):
         # PIL would clip the values at 255.

@@ -149,6 +149,11 @@ def student_variables(variables: Mapping[str, Any], branch: int) -> dict[str, An
     }
 
 
+def aggregator_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What the aggregator has of the variables of a `MultiBranch`; empty, where it has none."""
+    return {name: tree['aggregator'] for name, tree in variables.items() if 'aggregator' in tree}
+
+
 def split_ensemble(variables: Mapping[str, Any], num_branches: int) -> dict[str, dict[str, Any]]:
     """The variables of a `MultiBranch` without its aggregator, in parts: 'trunk', 'branches.0', ...
 
@@ -157,9 +162,15 @@ def split_ensemble(variables: Mapping[str, Any], num_branches: int) -> dict[str,
       num_branches: K.
     """
     trunk = {name: tree['trunk'] for name, tree in variables.items() if 'trunk' in tree}
+    # Where batch normalisations are folded, a collection has nothing of the heads.
+    of_heads = {
+        name: tree
+        for name, tree in variables.items()
+        if any(part.startswith('head') for part in tree)
+    }
     branches = {
         f'branches.{branch}': {
-            name: branch_variables(tree, branch) for name, tree in variables.items()
+            name: branch_variables(tree, branch) for name, tree in of_heads.items()
         }
         for branch in range(num_branches)
     }

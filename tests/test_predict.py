@@ -1,0 +1,105 @@
+"""`python -m one_jax.predict` on files of many kinds, against the student itself."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from student_fixtures import write_student
+from test_train import make_config
+
+from one_jax import load_student, predict
+from one_jax.errors import UserError
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A student of 8x8 images with ten classes, and random weights."""
+    folder = tmp_path_factory.mktemp('students') / 'student'
+    names = [f'class {label}' for label in range(10)]
+    write_student(folder, make_config(), label_names=names, input_size=[8, 8])
+    return folder
+
+
+def save_images(directory, count, size=(8, 8)):
+    directory.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, size[1], size[0], 3), np.uint8)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(directory / f'{index:03}.png')
+    return images
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def test_a_folder_in_batches_of_which_the_last_is_not_whole(folder, tmp_path):
+    student = load_student(folder)
+    images = save_images(tmp_path / 'a' / 'b', 7)
+    (tmp_path / 'a' / 'notes.txt').write_text('no image')
+    paths = predict.find_images([tmp_path / 'a'])
+    predictions = list(predict.predict(student, paths, top=3, batch_size=4))
+    assert [entry['file'] for entry in predictions] == [str(path) for path in paths]
+    probabilities = softmax(np.asarray(student(images)))
+    for row, entry in zip(probabilities, predictions, strict=True):
+        labels = np.argsort(-row)[:3]
+        assert [best['label'] for best in entry['classes']] == labels.tolist()
+        assert [best['name'] for best in entry['classes']] == [f'class {x}' for x in labels]
+        given = [best['probability'] for best in entry['classes']]
+        np.testing.assert_allclose(given, row[labels], atol=1e-5)
+
+
+MODES = ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16')
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_any_mode_and_size(mode, tmp_path):
+    levels = np.linspace(0, 255, 20 * 30).reshape(20, 30).astype(np.uint8)
+    image = Image.fromarray(levels)
+    if mode == 'I;16':
+        image = Image.fromarray(levels.astype(np.uint16) * 257)
+    elif mode != 'L':
+        image = image.convert(mode)
+    path = tmp_path / ('image.tif' if mode == 'CMYK' else 'image.png')
+    image.save(path)
+    pixels = predict.read_image(path, (8, 8))
+    assert (pixels.shape, pixels.dtype) == ((8, 8, 3), np.uint8)
+    # The grey values rise from top to bottom, whatever the mode does to them.
+    assert pixels[-1].mean() > pixels[0].mean() + 100
+
+
+def test_the_crop_cuts_the_border_off(tmp_path):
+    """A white frame of an eighth of the side, in half at each edge, is out of the crop of 7/8."""
+    frame = np.full((64, 64, 3), 255, np.uint8)
+    frame[4:-4, 4:-4] = 0
+    Image.fromarray(frame).save(tmp_path / 'framed.png')
+    assert predict.read_image(tmp_path / 'framed.png', (56, 56), crop=0.875).max() == 0
+    assert predict.read_image(tmp_path / 'framed.png', (56, 56)).max() > 0
+
+
+def test_the_command_prints_a_table_or_json_lines(folder, tmp_path, capsys):
+    save_images(tmp_path / 'images', 2, size=(20, 12))
+    predict.main([str(tmp_path / 'images'), f'--student={folder}', '--top=2'])
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ['file', 'class', 'probability']
+    assert len(table) == 2 + 2 * 2
+    predict.main([str(tmp_path / 'images/001.png'), f'--student={folder}', '--json'])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert len(json.loads(line)['classes']) == 5
+
+
+def test_what_is_no_image_is_named(folder, tmp_path):
+    damaged = tmp_path / 'damaged.png'
+    save_images(tmp_path, 1)
+    damaged.write_bytes((tmp_path / '000.png').read_bytes()[:60])
+    with pytest.raises(UserError, match=r"damaged.png' cannot be read as an image: "):
+        list(predict.predict(load_student(folder), [damaged]))
+    with pytest.raises(UserError, match=r"nowhere': no such file or folder"):
+        predict.find_images([tmp_path / 'nowhere'])
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match='holds no image'):
+        predict.find_images([tmp_path / 'empty'])
+    with pytest.raises(UserError, match=r'--top=0 is not allowed: at least 1'):
+        predict.main(['x.png', f'--student={folder}', '--top=0'])
