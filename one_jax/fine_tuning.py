@@ -27,6 +27,9 @@ def load(config: Any, method: methods.Method) -> student_lib.Student | None:
     except UserError as error:
         raise ConfigError('model.init_from', directory, f'an exported student: {error}') from None
     kinds = set(method.members)
+    if student.config.get('batch_norm') == 'folded':
+        allowed = 'a student that was exported without --fold_batch_norm: training needs it'
+        raise ConfigError('model.init_from', directory, allowed)
     if student.num_branches > 1 or kinds != {student.config['network']}:
         found = 'an ensemble' if student.num_branches > 1 else student.config['network']
         allowed = f'a student that is {" and ".join(sorted(kinds))}: it is {found}'

@@ -83,7 +83,7 @@ def make_recipe(config: Any, spec: datasets.DatasetSpec, steps_per_epoch: int) -
         spec,
         method,
         network,
-        teachers.load(method, spec),
+        teachers.load(method, spec, config.model.dtype),
         fine_tuning.load(config, method),
         steps_per_epoch,
         total_steps,

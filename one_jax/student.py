@@ -95,8 +95,12 @@ class Student:
                 )
 
 
-def load_student(directory: str | Path) -> Student:
+def load_student(directory: str | Path, dtype: Any = jnp.float32) -> Student:
     """Reads a student's folder.
+
+    Args:
+      directory: the folder.
+      dtype: of the network's computation; the variables are float32.
 
     Raises:
       UserError: the folder holds no student, or a damaged one.
@@ -109,7 +113,7 @@ def load_student(directory: str | Path) -> Student:
             )
     config = workdir.read_json(directory / CONFIG)
     try:
-        network = make_network(config)
+        network = make_network(config, dtype)
         height, width = config['input_size']
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{str(directory / CONFIG)!r} describes no student: {error}') from None
@@ -172,13 +176,14 @@ def from_state_dict(
     return variables
 
 
-def make_network(config: Mapping[str, Any]) -> nn.Module | FoldedNetwork:
+def make_network(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module | FoldedNetwork:
     """The network that a student's config.json describes.
 
     Args:
       config: 'network' and 'num_classes'; of an ensemble also 'ensemble', with its 'members',
         'share_stages' and 'share_stem', and, where it has an aggregator, 'aggregator': the 'method'
         it is of and the method's 'settings'. 'batch_norm', one of `BATCH_NORM`, may be left out.
+      dtype: of the computation.
 
     Raises:
       ConfigError: a value that is not allowed.
@@ -188,13 +193,13 @@ def make_network(config: Mapping[str, Any]) -> nn.Module | FoldedNetwork:
     if batch_norm not in BATCH_NORM:
         raise ConfigError('batch_norm', batch_norm, BATCH_NORM)
     if 'ensemble' in config:
-        network = _make_ensemble(config['ensemble'], config['num_classes'])
+        network = _make_ensemble(config['ensemble'], config['num_classes'], dtype)
     else:
-        network = models.make_backbone(config['network'], config['num_classes'])()
+        network = models.make_backbone(config['network'], config['num_classes'], dtype)()
     return FoldedNetwork(network) if batch_norm == 'folded' else network
 
 
-def _make_ensemble(ensemble: Mapping[str, Any], num_classes: int) -> models.MultiBranch:
+def _make_ensemble(ensemble: Mapping[str, Any], num_classes: int, dtype: Any) -> models.MultiBranch:
     members, make_aggregator = ensemble['members'], None
     if 'aggregator' in ensemble:
         method = methods.create(
@@ -213,11 +218,12 @@ def _make_ensemble(ensemble: Mapping[str, Any], num_classes: int) -> models.Mult
                 }
             )
         )
-        make_aggregator = method.make_aggregator
+        make_aggregator = functools.partial(method.make_aggregator, dtype=jnp.dtype(dtype))
     alike = len(set(members)) == 1
     return models.MultiBranch(
         make_backbones=tuple(
-            models.make_backbone(name, num_classes) for name in (members[:1] if alike else members)
+            models.make_backbone(name, num_classes, dtype)
+            for name in (members[:1] if alike else members)
         ),
         num_branches=len(members),
         share_stages=ensemble['share_stages'],

@@ -14,12 +14,15 @@ from one_jax.data import datasets
 from one_jax.errors import ConfigError, UserError
 
 
-def load(method: methods.Method, spec: datasets.DatasetSpec) -> tuple[student_lib.Student, ...]:
+def load(
+    method: methods.Method, spec: datasets.DatasetSpec, dtype: Any = jnp.float32
+) -> tuple[student_lib.Student, ...]:
     """Reads the frozen teachers of a method, in the order of `config.method.teachers`.
 
     Args:
       method: with its settings.
       spec: the data set's description, mean and standard deviation included.
+      dtype: in which they compute.
 
     Raises:
       ConfigError: a folder holds no student, or one of other classes, another image size or another
@@ -28,7 +31,7 @@ def load(method: methods.Method, spec: datasets.DatasetSpec) -> tuple[student_li
     teachers = []
     for directory in method.teachers:
         try:
-            teacher = student_lib.load_student(directory)
+            teacher = student_lib.load_student(directory, dtype)
         except UserError as error:
             raise ConfigError('method.teachers', directory, f'exported students: {error}') from None
         for field, its, ours in (
