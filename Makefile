@@ -13,7 +13,7 @@ INSTALL := install --quiet --disable-pip-version-check --constraint constraints.
 SETTINGS := pyproject.toml setup.cfg constraints.txt
 DEMO := runs/demo
 
-.PHONY: demo demo-seeds methods test test-latest lint venv constraints
+.PHONY: demo demo-seeds methods test torch test-latest lint venv constraints
 
 venv: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist=worksteal
 	$(MAKE) --no-print-directory test-latest
+
+# For the comparisons with PyTorch; without it they are skipped.
+torch: venv
+	$(BIN)/pip $(INSTALL) --editable '.[torch]'
 
 # The other end of the supported range: the end-to-end runs on Python 3.12 and its newest JAX.
 test-latest: $(if $(PYTHON312),$(LATEST)/.installed)

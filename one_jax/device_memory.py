@@ -24,7 +24,6 @@ from one_jax.data import memory
 from one_jax.data.table import DATASETS
 from one_jax.errors import ConfigError, UserError
 from one_jax.recipe import Recipe, make_recipe
-from one_jax.state import init_state
 from one_jax.train_step import make_train_step
 
 
@@ -87,16 +86,7 @@ def abstract_arguments(recipe: Recipe, mesh: Mesh | AbstractMesh, num_steps: int
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
 
-    state = jax.eval_shape(
-        lambda: init_state(
-            recipe.network,
-            recipe.optimizer,
-            recipe.spec.image_shape,
-            recipe.config.seed,
-            with_averages=recipe.config.train.ema_decay > 0,
-            method_state=recipe.method.initial_state(),
-        )
-    )
+    state = jax.eval_shape(recipe.random_state)
     shape = num_steps, recipe.config.data.batch_size
     batch = {
         'image': jax.ShapeDtypeStruct((*shape, *recipe.spec.image_shape), jnp.uint8),

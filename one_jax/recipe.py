@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from one_jax import fine_tuning, methods, models, optimizer, parallel, teachers
 from one_jax.data import datasets
+from one_jax.state import TrainState, init_state
 from one_jax.student import Student
 
 
@@ -41,6 +42,17 @@ class Recipe:
     total_steps: int
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
+
+    def random_state(self) -> TrainState:
+        """The fresh state of the run's seed; to be jitted, or evaluated abstractly."""
+        return init_state(
+            self.network,
+            self.optimizer,
+            self.spec.image_shape,
+            self.config.seed,
+            with_averages=self.config.train.ema_decay > 0,
+            method_state=self.method.initial_state(),
+        )
 
     @property
     def total_epochs(self) -> float:

@@ -34,7 +34,7 @@ from one_jax.interrupt import Interrupted, StopRequest
 from one_jax.progress import Progress
 from one_jax.recipe import Recipe, make_recipe
 from one_jax.result import describe_data, make_result
-from one_jax.state import TrainState, init_state
+from one_jax.state import TrainState
 from one_jax.train_step import make_train_step
 
 # Compiled calls that may be under way before the host waits: enough to keep the device busy, few
@@ -163,14 +163,7 @@ def _start_or_resume(
     """
 
     def initialise() -> TrainState:
-        state = init_state(
-            recipe.network,
-            recipe.optimizer,
-            recipe.spec.image_shape,
-            recipe.config.seed,
-            with_averages=recipe.config.train.ema_decay > 0,
-            method_state=recipe.method.initial_state(),
-        )
+        state = recipe.random_state()
         if recipe.initial is None:
             return state
         return fine_tuning.start_from(state, recipe.initial, label_names)
