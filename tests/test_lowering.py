@@ -62,7 +62,7 @@ class Setting:
         # The folders of the teachers are not there; what is read from them does not matter here.
         teacher = make_teacher(spec) if kind.min_teachers else None
         monkeypatch.setattr(
-            recipe.teachers, 'load', lambda method, spec: (teacher,) * len(method.teachers)
+            recipe.teachers, 'load', lambda method, *_: (teacher,) * len(method.teachers)
         )
         self.recipe = recipe.make_recipe(config_lib.resolve(config), spec, steps_per_epoch=4)
         self.num_steps = config.train.steps_per_call
