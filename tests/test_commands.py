@@ -59,6 +59,8 @@ def test_a_run_leaves_its_records(finished):
         'temperature': 3.0,
         'distill_weight': 1.0,
         'rampup_fraction': 80 / 300,
+        'teacher': 'gate',
+        'detach_teacher': True,
     }
     records = [json.loads(line) for line in (finished / 'metrics.jsonl').read_text().splitlines()]
     steps = {
