@@ -83,9 +83,11 @@ def _explain(argv: list[str], error: Exception) -> UserError:
                     f'{field}={value!r} is not allowed: {where} has no field {part!r}, '
                     f'but {", ".join(fields)}'
                 )
+            # The type of a field that is None until the method decides is known all the same.
+            kind = group.get_type(part).__name__
             group = group[part]
             walked.append(part)
         if f'config.{field}=' in str(error):
-            wanted = 'a number' if group is None else f'of type {type(group).__name__}'
-            return ConfigError(field, value, f'it must be {wanted}, such as {group!r}')
+            example = '' if group is None else f', such as {group!r}'
+            return ConfigError(field, value, f'it must be of type {kind}{example}')
     return UserError(' '.join(str(error).split()))
