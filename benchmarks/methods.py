@@ -238,12 +238,12 @@ def main(arguments: Sequence[str]) -> None:
     )
     versions = workdir.versions()
     names = ', '.join(map(str, seeds))
-    command = (
-        f'python -m benchmarks.methods --seeds={names.replace(" ", "")} --output=docs/methods.md'
-    )
+    finished = ' --only_finished' if FINISHED.value else ''
+    command = f'python -m benchmarks.methods --seeds={names.replace(" ", "")}{finished}'
     text = f"""# The methods on real digits
 
-Made by `make methods`: `{command}`.
+Made by `{command} --output=docs/methods.md`;
+`make methods` runs what is not run here, too.
 {workdir.device_name()}, JAX {versions['jax']}, Python {versions['python']}, cores shared.
 
 ResNet-8 on MNIST's sample of 5,000 digits, 50 training images of each class, 300 steps
