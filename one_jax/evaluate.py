@@ -210,6 +210,8 @@ def evaluate_students(directories: Sequence[Path], config: Any | None = None) ->
     students = [student_lib.load_student(directory) for directory in directories]
     mesh = parallel.make_mesh()
     if config is None:
+        if 'data' not in students[0].config:
+            raise UserError(f'{str(directories[0])!r} says no data set: give --config=configs/X.py')
         config = config_lib.default_config()
         config.data.update(students[0].config['data'])
     spec = config_lib.validate_data(config.data, mesh.size)

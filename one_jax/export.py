@@ -12,6 +12,7 @@ the run before the folder appears.
 """
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,16 +104,10 @@ def export_student(
     data, found = progress['data'], deployment.find_record(progress['evaluations'], step)
     image_shape, num_classes = tuple(data['image_shape']), data['num_classes']
     trained = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), evaluated_variables(state))
-    kind = deployment.describe_network(method, branch, num_classes)
-    variables = deployment.select_variables(trained, method, branch)
-    if options.fold_batch_norm:
-        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-        variables = batch_norm_folding.fold(student_lib.make_network(kind), variables, images)
-        kind['batch_norm'] = 'folded'
-    network = student_lib.make_network(kind)
-    parameters, flops = cost.forward_cost(network, image_shape)
+    student = _take_out(trained, method, branch, data, options)
+    parameters, flops = cost.forward_cost(student.network, image_shape)
     description = {
-        **kind,
+        **student.config,
         **deployment.describe_data(config, data),
         'weights': options.weights,
         'metric': deployment.metric(found, branch),
@@ -127,14 +122,17 @@ def export_student(
     examples = _load_images(config, data, options)
     reference = self_check.training_logits(config, method, trained, branch, data)
     with student_folder.whole_or_not_at_all(output) as folder:
-        whole = student_lib.Student(description, network, variables)
-        student = student_folder.write_weights(folder, whole, options.weights)
+        student = dataclasses.replace(student, config=description)
+        student = student_folder.write_weights(folder, student, options.weights)
         programs = student_folder.write_programs(folder, student, options.onnx)
         formats = {student_lib.WEIGHTS: student, **programs}
         rounded = options.weights != 'float32'
         description['checks'] = self_check.compare(formats, reference, rounded, examples)
         if options.latency:
-            description['latency'] = latency.measure(formats, image_shape[:2])
+            ensemble = None
+            if isinstance(branch, int) and method.num_branches > 1:
+                ensemble = _take_out(trained, method, deployment.ENSEMBLE, data, options)
+            description['latency'] = _measure_latency(description, formats, ensemble)
         workdir.write_json(folder / student_lib.CONFIG, description)
         card = model_card.render(
             description,
@@ -144,6 +142,40 @@ def export_student(
         )
         (folder / student_lib.CARD).write_text(card)
     return student_lib.load_student(output)
+
+
+def _take_out(
+    trained: Mapping[str, Any],
+    method: methods.Method,
+    branch: int | str,
+    data: Mapping[str, Any],
+    options: Options,
+) -> student_lib.Student:
+    """A branch, or all of them, of the trained variables; its config is the network's only."""
+    kind = deployment.describe_network(method, branch, data['num_classes'])
+    variables = deployment.select_variables(trained, method, branch)
+    if options.fold_batch_norm:
+        images = jax.ShapeDtypeStruct((1, *data['image_shape']), jnp.float32)
+        variables = batch_norm_folding.fold(student_lib.make_network(kind), variables, images)
+        kind['batch_norm'] = 'folded'
+    return student_lib.Student(kind, student_lib.make_network(kind), variables)
+
+
+def _measure_latency(
+    description: Mapping[str, Any],
+    formats: Mapping[str, self_check.Predict],
+    ensemble: student_lib.Student | None,
+) -> dict[str, Any]:
+    """The latency of what was written, and of the ensemble in the same formats."""
+    size = tuple(description['input_size'])
+    if ensemble is None:
+        return latency.measure(formats, size)
+    ensemble = dataclasses.replace(ensemble, config={**description, **ensemble.config})
+    with tempfile.TemporaryDirectory() as folder:
+        programs = student_folder.write_programs(
+            Path(folder), ensemble, student_lib.MODEL in formats
+        )
+        return latency.measure(formats, size, {student_lib.WEIGHTS: ensemble, **programs})
 
 
 def _load_images(config: Any, data: Mapping[str, Any], options: Options) -> self_check.Images:

@@ -25,6 +25,7 @@ from ml_collections import config_flags
 from one_jax import (
     command,
     deployment,
+    imported_card,
     methods,
     models,
     result,
@@ -110,7 +111,7 @@ def import_student(
     }
     # Generated images only stand in for those that the weights were trained on.
     description['data']['generated_examples'] = 0
-    return _write(student_lib.Student(description, module, variables), output)
+    return _write(student_lib.Student(description, module, variables), weights, output)
 
 
 def describe_data(config: Any) -> dict[str, Any]:
@@ -162,9 +163,7 @@ def _read_variables(
     data: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The variables of `branch`, in float32, out of the weights of the network in training."""
-    broken = [name for name, array in state_dict.items() if not np.isfinite(array).all()]
-    if broken:
-        raise UserError(f'NaN or infinity in {", ".join(broken)}')
+    student_lib.check_values(state_dict)
     several = method.num_branches > 1
     whole = deployment.TEACHER if several else branch
     network = student_lib.make_network(
@@ -183,16 +182,26 @@ def _read_variables(
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables)
 
 
-def _write(student: student_lib.Student, output: Path) -> student_lib.Student:
+def _write(student: student_lib.Student, weights: Path, output: Path) -> student_lib.Student:
     """Writes the folder; each file in it must compute what the student does."""
-    height, width = student.config['input_size']
+    config = student.config
+    height, width = config['input_size']
     shape = (_NUM_CHECKED, height, width, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    if not np.isfinite(student(images)).all():
+        raise UserError(
+            f'weights={str(weights)!r}: the network says NaN or infinity of random images: numbers '
+            'in the file are too large'
+        )
     with student_folder.whole_or_not_at_all(output) as folder:
         written = student_folder.write_weights(folder, student, 'float32')
         programs = student_folder.write_programs(folder, written, onnx=False)
         formats = {student_lib.WEIGHTS: written, **programs}
-        self_check.compare(formats, student, False, self_check.Images(images, None))
+        examples = self_check.Images(images, None)
+        config['checks'] = self_check.compare(formats, student, False, examples)
+        workdir.write_json(folder / student_lib.CONFIG, config)
+        card = imported_card.render(config, student_folder.sizes(folder))
+        (folder / student_lib.CARD).write_text(card)
     return student_lib.load_student(output)
 
 

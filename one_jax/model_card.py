@@ -96,10 +96,15 @@ def render(
         _training(config, training),
         _accuracy(config, predictors),
         _checks(config['checks']),
-        _cost(config, sizes),
-        _usage(config, sizes),
+        cost_section(config, sizes),
+        usage_section(config, sizes),
     ]
     return '\n\n'.join(parts) + '\n'
+
+
+def versions_in_words(config: Mapping[str, Any]) -> str:
+    """The packages that a student's config.json names."""
+    return ', '.join(f'{name} {version}' for name, version in config['versions'].items())
 
 
 def _percent(value: float | None) -> str:
@@ -133,7 +138,7 @@ def _training(config: Mapping[str, Any], training: Training) -> str:
         'seed': config['seed'],
         'steps': config['step'],
         'seconds': f'{seconds}{f" on {training.device}" if training.device else ""}',
-        'versions': ', '.join(f'{name} {version}' for name, version in config['versions'].items()),
+        'versions': versions_in_words(config),
         **{f'`{name}`': value for name, value in training.fields.items()},
     }
     if config['data']['generated_examples']:
@@ -173,6 +178,18 @@ def _checks(checks: Mapping[str, Any]) -> str:
     kind = 'images of the test split'
     if checks['split'] == 'random':
         kind = 'random images (the data set was not on the machine of the export)'
+    trained = ''
+    if checks['top1'] is not None:
+        trained = f'; its top-1 on them is {checks["top1"]:.2f} %'
+    return (
+        f'## Checks\n\nEvery file was compared with the network in training on '
+        f'{checks["num_images"]:,} {kind}. Its largest logit is {checks["largest_logit"]:.4g}'
+        f'{trained}.\n\n{checks_table(checks)}'
+    )
+
+
+def checks_table(checks: Mapping[str, Any]) -> str:
+    """How near every file came, from `self_check.compare`."""
     rows = [
         {
             'file': f'`{name}`',
@@ -182,34 +199,18 @@ def _checks(checks: Mapping[str, Any]) -> str:
         }
         for name, check in checks['formats'].items()
     ]
-    trained = ''
-    if checks['top1'] is not None:
-        trained = f'; its top-1 on them is {checks["top1"]:.2f} %'
-    return (
-        f'## Checks\n\nEvery file was compared with the network in training on '
-        f'{checks["num_images"]:,} {kind}. Its largest logit is {checks["largest_logit"]:.4g}'
-        f'{trained}.\n\n{markdown_table(rows, list(rows[0]))}'
-    )
+    return markdown_table(rows, list(rows[0]))
 
 
-def _cost(config: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+def cost_section(config: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+    """Parameters, FLOPs, bytes and latency; the arguments are `render`'s."""
     files = [
         {'file': f'`{name}`', 'bytes': f'{size:,}', 'content': _CONTENT[name]}
         for name, size in sizes.items()
     ]
-    latency = 'not measured: export with --latency'
+    latency = 'not measured' if 'imported' in config else 'not measured: export with --latency'
     if 'latency' in config:
-        rows = [
-            {
-                'runtime': _RUNTIMES[name],
-                **{f'batch of {size}': f'{value:.2f} ms' for size, value in times.items()},
-            }
-            for name, times in config['latency']['milliseconds'].items()
-        ]
-        latency = (
-            f'the median of several calls on {config["latency"]["device"]}, images from the '
-            f"host's memory and logits back to it.\n\n{markdown_table(rows, list(rows[0]))}"
-        )
+        latency = _latency(config['latency'])
     return (
         f'## Cost\n\n{config["parameters"]:,} parameters; {config["flops"]:,} FLOPs an image '
         '(convolutions and linear layers, 2 for a multiply-add).\n\n'
@@ -217,11 +218,35 @@ def _cost(config: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     )
 
 
+def _latency(measured: Mapping[str, Any]) -> str:
+    """A row for every runtime; of a branch of several, beside what the ensemble takes."""
+    columns = {'batch of': measured['milliseconds']}
+    if 'ensemble_milliseconds' in measured:
+        columns['ensemble, batch of'] = measured['ensemble_milliseconds']
+    rows = [
+        {
+            'runtime': words,
+            **{
+                f'{heading} {size}': f'{value:.2f} ms'
+                for heading, times in columns.items()
+                for size, value in times[name].items()
+            },
+        }
+        for name, words in _RUNTIMES.items()
+        if name in measured['milliseconds']
+    ]
+    return (
+        f"the median of several calls on {measured['device']}, images from the host's memory and "
+        f'logits back to it.\n\n{markdown_table(rows, list(rows[0]))}'
+    )
+
+
 def _code(text: str) -> str:
     return f'```python\n{text}\n```'
 
 
-def _usage(config: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+def usage_section(config: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+    """Code that uses the files; the arguments are `render`'s."""
     parts = [
         '## How to use it\n\nImages are uint8 `[batch, height, width, RGB]`. In JAX:',
         _code(

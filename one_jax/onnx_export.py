@@ -88,12 +88,38 @@ def _evaluate(jaxpr: core.Jaxpr, constants: Sequence[Any], arguments: Sequence[A
             # The converter does not know it yet.
             axis = equation.params['axis']
             outputs = [lax.concatenate([jnp.expand_dims(x, axis) for x in inputs], axis)]
+        elif equation.primitive.name == 'reduce_window_max':
+            outputs = [_max_pool(*inputs, **equation.params)]
         else:
             outputs = equation.primitive.bind(*inputs, **equation.params)
             if not equation.primitive.multiple_results:
                 outputs = [outputs]
         values |= dict(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _max_pool(
+    images: jax.Array,
+    *,
+    window_dimensions: Sequence[int],
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **dilations: Any,
+) -> jax.Array:
+    """The pooling of images [B, H, W, C], over three axes.
+
+    The converter pools over every axis that there is, and ONNX Runtime over three at most.
+    """
+    batch, height, width, channels = images.shape
+    maps = images.transpose(0, 3, 1, 2).reshape(batch * channels, height, width)
+    pooled = lax.reduce_window_max_p.bind(
+        maps,
+        window_dimensions=(1, *window_dimensions[1:3]),
+        window_strides=(1, *window_strides[1:3]),
+        padding=((0, 0), *padding[1:3]),
+        **{name: (1, *values[1:3]) for name, values in dilations.items()},
+    )
+    return pooled.reshape(batch, channels, *pooled.shape[1:]).transpose(0, 2, 3, 1)
 
 
 def load_model(path: Path) -> Callable[[np.ndarray], np.ndarray]:

@@ -10,6 +10,7 @@ as the test images of its training were.
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,10 +36,11 @@ def find_images(arguments: Iterable[str | Path]) -> list[Path]:
     """
     found = []
     for path in map(Path, arguments):
-        if path.is_file():
+        # Where Python's own tests would raise an error, as of a name too long, these say no.
+        if os.path.isfile(path):
             found.append(path)
             continue
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise UserError(f'{str(path)!r}: no such file or folder')
         inside = sorted(
             entry
@@ -64,7 +66,7 @@ def read_image(path: Path, size: tuple[int, int], crop: float = 1.0) -> np.ndarr
       UserError: the file is no image, or a damaged one.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=image_folder.FORMATS) as file:
             image = image_folder.to_rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # whatever the decoders of damaged files raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import safetensors
 from flax import linen as nn
 from ml_collections import config_dict
 
-from one_jax import methods, models, quantisation, torch_interop, workdir
+from one_jax import methods, models, quantisation, student_config, torch_interop, workdir
 from one_jax.batch_norm_folding import FoldedNetwork
 from one_jax.data import augment, datasets
 from one_jax.errors import ConfigError, UserError
@@ -23,6 +24,8 @@ CONFIG, WEIGHTS, PROGRAM = 'config.json', 'student.safetensors', 'student.stable
 MODEL, CARD = 'student.onnx', 'README.md'
 BATCH_NORM = ('separate', 'folded')
 _AGGREGATOR = 'aggregator.'
+# Tensors that a message about their numbers names.
+_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,22 +110,35 @@ def load_student(directory: str | Path, dtype: Any = jnp.float32) -> Student:
     """
     directory = Path(directory)
     for name in (CONFIG, WEIGHTS):
-        if not (directory / name).is_file():
+        # In a folder that may not be read, `Path.is_file` raises an error.
+        if not os.path.isfile(directory / name):
             raise UserError(
                 f'student={str(directory)!r} holds no student: there is no {name} in it'
             )
-    config = workdir.read_json(directory / CONFIG)
     try:
+        config = workdir.read_json(directory / CONFIG)
+    except (OSError, RecursionError) as error:
+        raise UserError(f'{str(directory / CONFIG)!r} cannot be read: {error}') from None
+    try:
+        student_config.check(config)
         network = make_network(config, dtype)
         height, width = config['input_size']
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{str(directory / CONFIG)!r} describes no student: {error}') from None
+        template = jax.eval_shape(
+            lambda key, images: network.init(key, images, train=False),
+            jax.random.key(0),
+            jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32),
+        )
+    except KeyError as error:
+        raise UserError(f'{str(directory / CONFIG)!r} describes no student: no {error}') from None
+    # What networks of values that do not go together raise, among others.
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        reason = str(error).partition('\n')[0]
+        raise UserError(f'{str(directory / CONFIG)!r} describes no student: {reason}') from None
     state_dict = quantisation.decode(_read_weights(directory / WEIGHTS))
-    template = jax.eval_shape(
-        lambda key, images: network.init(key, images, train=False),
-        jax.random.key(0),
-        jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32),
-    )
+    try:
+        check_values(state_dict)
+    except UserError as error:
+        raise UserError(f'{str(directory / WEIGHTS)!r} is damaged: {error}') from None
     student = Student(config, network, template)
     variables = from_state_dict(state_dict, template, student.num_branches)
     if missing := [name for name in ('mean', 'std', 'label_names') if name not in config]:
@@ -137,7 +153,14 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, framework='numpy') as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, TypeError) as error:
+    # The last two tell of a type of numbers that NumPy has not.
+    except (
+        safetensors.SafetensorError,
+        OSError,
+        TypeError,
+        AttributeError,
+        KeyError,
+    ) as error:
         raise UserError(f'{str(path)!r} is damaged: {error}') from None
 
 
@@ -174,6 +197,35 @@ def from_state_dict(
     for name, tree in aggregator.items():
         variables.setdefault(name, {})['aggregator'] = tree
     return variables
+
+
+def check_values(state_dict: Mapping[str, np.ndarray]) -> None:
+    """Makes sure that a network can have these numbers, in float32.
+
+    Args:
+      state_dict: PyTorch's names.
+
+    Raises:
+      UserError: NaN, infinity, what float32 cannot hold, a negative running variance, or no real
+        numbers; some of the tensors are named.
+    """
+    problems: dict[str, list[str]] = {}
+    for name, array in state_dict.items():
+        with np.errstate(over='ignore'):
+            rounded = array.astype(np.float32) if array.dtype.kind in 'fiu' else None
+        if rounded is None:
+            problems.setdefault(f'{array.dtype} in place of real numbers', []).append(name)
+        elif not np.isfinite(rounded).all():
+            problems.setdefault('NaN or infinity', []).append(name)
+        elif name.endswith('.running_var') and (rounded < 0).any():
+            problems.setdefault('negative variances', []).append(name)
+    if problems:
+        raise UserError('; '.join(f'{what} in {_some(names)}' for what, names in problems.items()))
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ', '.join(names[:_NAMED]) + (f' and {more} more' if more > 0 else '')
 
 
 def make_network(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module | FoldedNetwork:

@@ -1,5 +1,6 @@
 """Our variables under PyTorch's names and in PyTorch's layout, and back; reading weights files."""
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -224,12 +225,19 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     where = f'weights={str(path)!r}'
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f'{where}: there is no such file')
     if path.name.endswith(_SAFETENSORS):
         try:
             content = safetensors.numpy.load_file(path)
-        except (safetensors.SafetensorError, OSError, TypeError) as error:
+        # The last two tell of a type of numbers that NumPy has not.
+        except (
+            safetensors.SafetensorError,
+            OSError,
+            TypeError,
+            AttributeError,
+            KeyError,
+        ) as error:
             raise UserError(f'{where} is damaged: {error}') from None
     elif path.name.endswith(_PICKLED):
         content = _read_pickled(path, where)

@@ -18,6 +18,7 @@ from one_jax import (
     deployment,
     evaluate,
     export,
+    latency,
     methods,
     models,
     quantisation,
@@ -230,9 +231,10 @@ def test_the_teacher_with_its_gate(tmp_path, finished):
     assert all(check['same_argmax'] == 100 for check in checks['formats'].values())
 
 
-def test_a_small_student_is_read_back_as_it_was_checked(tmp_path, finished):
+def test_a_small_student_is_read_back_as_it_was_checked(tmp_path, finished, monkeypatch):
     workdir, _ = finished
-    options = export.Options(fold_batch_norm=True, weights='int8')
+    monkeypatch.setattr(latency, 'BATCH_SIZES', (1, 2))
+    options = export.Options(fold_batch_norm=True, weights='int8', latency=True)
     small = export.export_student(workdir, tmp_path / 'small', 1, options)
     plain = export.export_student(workdir, tmp_path / 'plain', 1)
     sizes = [
@@ -240,6 +242,7 @@ def test_a_small_student_is_read_back_as_it_was_checked(tmp_path, finished):
     ]
     assert sizes[0] < 0.35 * sizes[1]
     assert small.config['batch_norm'] == 'folded'
+    assert small.config['latency'].keys() == {'device', 'milliseconds', 'ensemble_milliseconds'}
     # Each channel of the 9 convolutions has a bias in place of a scale and a bias.
     channels = 16 * 3 + 32 * 3 + 64 * 3
     assert small.config['parameters'] == plain.config['parameters'] - channels

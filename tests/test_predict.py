@@ -90,6 +90,14 @@ def test_the_command_prints_a_table_or_json_lines(folder, tmp_path, capsys):
     assert len(json.loads(line)['classes']) == 5
 
 
+def test_a_file_that_is_a_program_is_not_run(folder, tmp_path):
+    """Pillow reads PostScript by running it, whatever the name says."""
+    path = tmp_path / 'image.png'
+    Image.new('RGB', (8, 8)).save(path, format='EPS')
+    with pytest.raises(UserError, match='cannot identify image file'):
+        predict.read_image(path, (8, 8))
+
+
 def test_what_is_no_image_is_named(folder, tmp_path):
     damaged = tmp_path / 'damaged.png'
     save_images(tmp_path, 1)
@@ -98,6 +106,8 @@ def test_what_is_no_image_is_named(folder, tmp_path):
         list(predict.predict(load_student(folder), [damaged]))
     with pytest.raises(UserError, match=r"nowhere': no such file or folder"):
         predict.find_images([tmp_path / 'nowhere'])
+    with pytest.raises(UserError, match='no such file or folder'):
+        predict.find_images(['x' * 5000])
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='holds no image'):
         predict.find_images([tmp_path / 'empty'])

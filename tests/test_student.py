@@ -21,7 +21,8 @@ def make_variables(name='resnet14', num_classes=7):
         lambda key, x: network.init(key, x, train=False), jax.random.key(0), images
     )
     generator = np.random.default_rng(0)
-    return jax.tree.map(lambda x: generator.normal(size=x.shape).astype(x.dtype), template)
+    variables = jax.tree.map(lambda x: generator.normal(size=x.shape).astype(x.dtype), template)
+    return {**variables, 'batch_stats': jax.tree.map(np.abs, variables['batch_stats'])}
 
 
 def test_names_and_shapes_are_those_of_pytorchs_cifar_resnet():
@@ -113,10 +114,15 @@ def test_a_student_takes_images_as_they_are(folder):
     assert student.label_names == list('abcdefg')
     images = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
     normalised = (images / 255 - np.array([0.5, 0.4, 0.3])) / np.array([0.2, 0.25, 0.3])
-    # Running variances of random weights would be negative: take those that a network can have.
-    variables = jax.tree.map(jnp.abs, student.variables)
-    expected = student.network.apply(variables, normalised.astype(np.float32), train=False).logits
-    np.testing.assert_allclose(student.predict(variables, images), expected, rtol=1e-3, atol=1e-3)
+    normalised = normalised.astype(np.float32)
+    expected = student.network.apply(student.variables, normalised, train=False).logits
+    tolerance = 1e-4 * np.abs(expected).max()
+    np.testing.assert_allclose(student(images), expected, rtol=1e-3, atol=tolerance)
+
+
+# A file of eight numbers of eight bits each.
+HEADER = b'{"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}'
+EIGHT_BITS = len(HEADER).to_bytes(8, 'little') + HEADER + bytes(8)
 
 
 def _write(name, content):
@@ -128,6 +134,29 @@ def _truncate(folder):
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def _change(name, place, value):
+    """Puts a number into a tensor."""
+
+    def damage(folder):
+        path = folder / 'student.safetensors'
+        weights = safetensors.numpy.load_file(path)
+        weights[name][place] = value
+        safetensors.numpy.save_file(weights, path)
+
+    return damage
+
+
+def _set(field, value):
+    """Changes a field of config.json."""
+
+    def damage(folder):
+        path = folder / 'config.json'
+        path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+
+    return damage
+
+
+ENSEMBLE = {'members': [], 'share_stages': 2, 'share_stem': False}
 DAMAGE = {
     'no config': (lambda folder: (folder / 'config.json').unlink(), 'there is no config.json'),
     'no weights': (
@@ -144,7 +173,28 @@ DAMAGE = {
         _write('config.json', b'{"network": "resnet14", "num_classes": 5, "input_size": [16, 16]}'),
         'fc.bias has shape (7,) and not (5,)',
     ),
+    'config is a list': (_write('config.json', b'[1]'), 'holds a list in place of fields'),
+    'network of a wrong type': (_set('network', 3), 'network=3 is not allowed'),
+    'a file for a network': (_set('network', '../vgg16'), "model.name='../vgg16' is not allowed"),
+    'no classes': (_set('num_classes', -1), 'num_classes=-1 is not allowed'),
+    'a huge image': (_set('input_size', [10**9, 16]), 'whole numbers from 1 to 16,384'),
+    'one mean': (_set('mean', [0.5]), 'mean=[0.5] is not allowed: three numbers'),
+    'no deviation': (_set('std', [0.2, 0, 0.2]), 'three numbers above 0'),
+    'too few names': (_set('label_names', ['a']), 'label_names has 1 names for num_classes=7'),
+    'no crop': (_set('crop', 0), 'crop=0 is not allowed: a number above 0, at most 1'),
+    'an unknown data field': (_set('data', {'name': 'mnist5k', 'url': 'x'}), 'the fields name, '),
+    'brackets without end': (_write('config.json', b'[' * 100_000), 'cannot be read'),
+    'an ensemble of none': (_set('ensemble', ENSEMBLE), 'describes no student'),
+    'a type that NumPy has not': (
+        _write('student.safetensors', EIGHT_BITS),
+        "student.safetensors' is damaged",
+    ),
     'truncated weights': (_truncate, 'is damaged'),
+    'weights that diverged': (_change('fc.weight', (2, 3), np.inf), 'NaN or infinity in fc.weight'),
+    'a variance that cannot be': (
+        _change('layer1.0.bn2.running_var', 5, -0.1),
+        'negative variances in layer1.0.bn2.running_var',
+    ),
     'weights that are none': (_write('student.safetensors', b'\x80\x04K\x01.'), 'is damaged'),
 }
 
@@ -156,3 +206,4 @@ def test_a_damaged_folder_is_a_clear_error(folder, case):
     with pytest.raises(UserError) as raised:
         load_student(folder)
     assert words in str(raised.value)
+    assert '\n' not in str(raised.value)

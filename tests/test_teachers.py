@@ -131,7 +131,10 @@ def test_a_teacher_is_evaluated_and_never_changed(tmp_path):
 
 
 UNSUITABLE = {
-    'other classes': ({'num_classes': 7}, 'num_classes is 7, not 10'),
+    'other classes': (
+        {'num_classes': 7, 'label_names': list('abcdefg')},
+        'num_classes is 7, not 10',
+    ),
     'another size': ({'input_size': [28, 28]}, r'input_size is \[28, 28\], not \[32, 32\]'),
     'another mean': ({'mean': [0.5, 0.5, 0.5]}, r'mean is \(0.5, 0.5, 0.5\), not'),
     'another deviation': ({'std': [1.0, 1.0, 1.0]}, r'std is \(1.0, 1.0, 1.0\), not'),

@@ -14,6 +14,8 @@ from one_jax.errors import ConfigError, UserError
 
 NAME = 'image_folder'
 EXTENSIONS = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
+# Decoders that only decode. Pillow has others: of a PostScript file it would run the program.
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'ICO')
 TEST_FOLDERS = ('test', 'val', 'validation')
 # Of the train images of every class, where there is no folder of test images.
 HELD_OUT_SHARE = 0.2
@@ -124,7 +126,7 @@ def first_shape(files: ImageFiles, image_size: int) -> tuple[int, int, int]:
     damaged = []
     for path in files.paths:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 width, height = ImageOps.exif_transpose(image).size
             return height, width, 3
         except Exception as error:  # whatever the decoders of damaged files raise
@@ -194,7 +196,7 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
     Raises:
       Exception: whatever the decoder of a damaged file raises.
     """
-    with Image.open(path) as file:
+    with Image.open(path, formats=FORMATS) as file:
         image = to_rgb(ImageOps.exif_transpose(file))
     if image_size:
         # Crops and resizes at once, which gives the same pixels but for rounding.

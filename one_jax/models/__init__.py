@@ -63,12 +63,11 @@ def network(name: str) -> Callable[..., Backbone]:
         return _scaled(network(scaled[1]), name, float(scaled[2]))
     depth = re.fullmatch(r'resnet([1-9]\d*)', name)
     # 152 is of the form too, but the field reads it as ImageNet's.
-    if depth and int(depth[1]) >= 8 and int(depth[1]) % 6 == 2 and int(depth[1]) != 152:
+    if depth and 8 <= int(depth[1]) <= 1202 and int(depth[1]) % 6 == 2 and int(depth[1]) != 152:
         return resnet_cifar.cifar_resnet(int(depth[1]))
     known = ', '.join(NETWORKS)
-    raise ConfigError(
-        'model.name', name, f'one of {known}, or resnetN with N = 6n + 2: resnet8, resnet20, ...'
-    )
+    allowed = f'one of {known}, or resnetN with N = 6n + 2: resnet8, resnet20, ..., resnet1202'
+    raise ConfigError('model.name', name, allowed)
 
 
 def _scaled(constructor: Callable[..., Backbone], name: str, ratio: float) -> Callable:

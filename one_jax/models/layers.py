@@ -12,13 +12,24 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend import core
+from jax.interpreters import mlir
 
 # He et al. 2015, fan out, not truncated: N(0, 2 / (k * k * C_out)).
 conv_kernel_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 # PyTorch's default for a linear layer: U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)).
 linear_kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
-BRANCH_CONVOLUTIONS = ('dense', 'grouped')
+# How convolutions behave under vmap over branches:
+# 'dense': one convolution for each branch.
+# 'grouped': one grouped convolution, which is what XLA makes of a vmap.
+# 'gemm': on small maps a product of patches and kernel, batched over branches; elsewhere 'dense'.
+# 'auto': the form for the platform. It is 'dense' everywhere: on CPU by benchmarks/heads.py, on
+# GPU and TPU because nothing else has been measured there.
+BRANCH_CONVOLUTIONS = ('auto', 'dense', 'grouped', 'gemm')
+# The largest maps 'gemm' takes: the patches of a 3x3 kernel are nine times the input.
+GEMM_POSITIONS = 8 * 8
 
 
 def _unroll_under_vmap(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -36,6 +47,26 @@ def _unroll_under_vmap(function: Callable[..., jax.Array]) -> Callable[..., jax.
         return jnp.stack(outputs), True
 
     return function
+
+
+def _not_inlined(x: jax.Array) -> jax.Array:
+    with set_xla_metadata(inlineable='false'):
+        return jax.jit(lambda x: x)(x)
+
+
+# The identity, and for XLA's CPU compiler a wall that fusion does not cross. To make the operands
+# of a kernel gradient it transposes both, and fuses into that all elementwise operations they come
+# from: in a residual network every block of the stage so far, for each convolution anew and with
+# strided reads. `lax.optimization_barrier` is no help: that compiler drops it
+# before it fuses. A function that may not be inlined stays, and is not a copy. The primitive is our
+# own, and not `lax.platform_dependent`, so that nothing at all is lowered for other platforms.
+_computed_once = core.Primitive('computed_once')
+_computed_once.def_impl(lambda x: x)
+_computed_once.def_abstract_eval(lambda x: x)
+mlir.register_lowering(_computed_once, lambda context, x: [x])
+mlir.register_lowering(
+    _computed_once, mlir.lower_fun(_not_inlined, multiple_results=False), platform='cpu'
+)
 
 
 @functools.cache
@@ -58,6 +89,7 @@ def _dense_convolution(**options: Any) -> Callable[[jax.Array, jax.Array], jax.A
 
     @_unroll_under_vmap
     def rhs_gradient(lhs, rhs, cotangent):
+        lhs, cotangent = _computed_once.bind(lhs), _computed_once.bind(cotangent)
         return jax.vjp(lambda kernel: convolve(lhs, kernel), rhs)[1](cotangent)[0]
 
     @jax.custom_vjp
@@ -108,6 +140,45 @@ def dense_conv_general_dilated(
     return convolution(lhs, rhs)
 
 
+def gemm_conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    **options: Any,
+) -> jax.Array:
+    """`lax.conv_general_dilated` as a product of patches and kernel, a batched one under `vmap`.
+
+    Only for outputs of at most `GEMM_POSITIONS` positions, without groups and dilation and with
+    explicit padding; elsewhere it is `dense_conv_general_dilated`, whose arguments these are.
+    """
+    dilated = any(
+        factor != 1
+        for name in ('lhs_dilation', 'rhs_dilation')
+        for factor in options.get(name) or ()
+    )
+    grouped = options.get('feature_group_count', 1) * options.get('batch_group_count', 1) > 1
+    if isinstance(padding, str) or dilated or grouped:
+        return dense_conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+    size = [
+        (length + low + high - kernel) // stride + 1
+        for length, (low, high), kernel, stride in zip(
+            lhs.shape[1:3], padding, rhs.shape[:2], window_strides, strict=True
+        )
+    ]
+    if size[0] * size[1] > GEMM_POSITIONS:
+        return dense_conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+    padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
+    (down, right), (height, width) = window_strides, size
+    patches = [
+        padded[:, y : y + down * (height - 1) + 1 : down, x : x + right * (width - 1) + 1 : right]
+        for y in range(rhs.shape[0])
+        for x in range(rhs.shape[1])
+    ]
+    # Both are ordered by the kernel's row, its column and the input's channel.
+    return jnp.concatenate(patches, axis=-1) @ rhs.reshape(-1, rhs.shape[-1])
+
+
 def make_conv(dtype: jnp.dtype, branch_conv: str) -> Callable[..., nn.Module]:
     """A constructor `conv(features, kernel_size, stride=1, groups=1, use_bias=False, name=...)` of
     convolutions.
@@ -119,7 +190,12 @@ def make_conv(dtype: jnp.dtype, branch_conv: str) -> Callable[..., nn.Module]:
       dtype: of the computation; parameters are float32, or float64 when `dtype` is.
       branch_conv: how `vmap` over branches treats it, one of `BRANCH_CONVOLUTIONS`.
     """
-    conv_general_dilated = dense_conv_general_dilated if branch_conv == 'dense' else None
+    conv_general_dilated = {
+        'auto': dense_conv_general_dilated,
+        'dense': dense_conv_general_dilated,
+        'grouped': None,
+        'gemm': gemm_conv_general_dilated,
+    }[branch_conv]
 
     def conv(
         features: int,
