@@ -13,13 +13,19 @@ from one_jax.models import layers
 
 SCHEDULES = ('step', 'cosine', 'constant')
 DTYPES = ('float32', 'bfloat16', 'float64')
-# Fields that say where things are on one machine; they do not change what is computed.
-MACHINE_FIELDS = (
+# Where a data set in memory has its training images.
+PLACEMENTS = ('auto', 'host', 'device')
+# Fields that say where things are on one machine, and what it has to read them.
+LOCAL_FIELDS = (
     'data.data_dir',
     'data.root',
+    'data.decode_threads',
+    'data.prefetch',
     'method.teachers',
     'train.compilation_cache_dir',
 )
+# Fields that do not change what is computed: a resumed run may have others.
+MACHINE_FIELDS = (*LOCAL_FIELDS, 'data.placement', 'profile_steps', 'train.steps_per_call')
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -28,6 +34,11 @@ def default_config() -> config_dict.ConfigDict:
 
     # Seed of initialisation, shuffling and augmentation.
     config.seed = 0
+    # Seeds to train at once in one program, each in a workdir of its own, seed-N in the one that is
+    # given; (): `seed` alone.
+    config.seeds = ()
+    # Trace this many steps with JAX's profiler, after the first calls; 0: none.
+    config.profile_steps = 0
     # Whether batch normalisation uses statistics of the global batch instead of each device's own.
     config.sync_batch_norm = False
 
@@ -88,6 +99,13 @@ def default_config() -> config_dict.ConfigDict:
     data.examples_per_class = 0
     # Seed of that subset and of the held-out images, apart from `seed`: runs share their data.
     data.subset_seed = 0
+    # Where a data set in memory has its training images: on the 'host', which sends every batch; on
+    # each 'device', where the train step takes its batch; 'auto': on accelerators with room for it.
+    data.placement = 'auto'
+    # Threads that decode a stream; 0: one for each processor core.
+    data.decode_threads = 0
+    # Batches of a stream that are decoded ahead.
+    data.prefetch = 2
     # Replace the data set by this many generated images of its shape and classes; 0: the real ones.
     data.generated_examples = 0
 
@@ -129,8 +147,9 @@ def default_config() -> config_dict.ConfigDict:
     train.checkpoint_every_epochs = 1
     # How many of the latest checkpoints are kept; with a validation split, the best one too.
     train.keep_checkpoints = 2
-    # Train steps per call of the compiled function; more than 1 is for accelerators.
-    train.steps_per_call = 1
+    # Train steps per call of the compiled function; more than 1 is for accelerators. 0: 1 on CPU
+    # and where images come from the host, else 10.
+    train.steps_per_call = 0
     # Parts into which each device's batch is cut, one after the other, to save memory; batch
     # normalisation sees each part by itself.
     train.accumulation_steps = 1
@@ -191,12 +210,15 @@ _SMOKE = {
 }
 
 
-def validate(config: config_dict.ConfigDict, num_devices: int = 1) -> datasets.DatasetSpec:
+def validate(
+    config: config_dict.ConfigDict, num_devices: int = 1, num_eval_devices: int | None = None
+) -> datasets.DatasetSpec:
     """Checks every field, before anything is compiled or written.
 
     Args:
       config: a whole configuration.
       num_devices: devices that share a batch.
+      num_eval_devices: devices that share a batch of evaluation, if they are others.
 
     Returns:
       The description of the data set.
@@ -209,6 +231,7 @@ def validate(config: config_dict.ConfigDict, num_devices: int = 1) -> datasets.D
     _choice(config, 'model.dtype', DTYPES)
     _choice(config, 'model.branch_conv', layers.BRANCH_CONVOLUTIONS)
     _choice(config, 'optimizer.schedule', SCHEDULES)
+    _choice(config, 'data.placement', PLACEMENTS)
     for milestone in config.optimizer.milestones:
         if not 0 < milestone < 1:
             raise ConfigError(
@@ -226,7 +249,10 @@ def validate(config: config_dict.ConfigDict, num_devices: int = 1) -> datasets.D
         raise ConfigError(
             'model.share_stages', method.share_stages, '0, where each member sees its own images'
         )
-    spec = validate_data(config.data, num_devices)
+    spec = validate_data(config.data, num_devices, num_eval_devices)
+    if spec.streamed and config.data.placement == 'device':
+        allowed = "'auto' or 'host': images that are decoded while training come from there"
+        raise ConfigError('data.placement', config.data.placement, allowed)
     parts = num_devices * config.train.accumulation_steps
     if config.data.batch_size % parts:
         raise ConfigError(
@@ -238,14 +264,33 @@ def validate(config: config_dict.ConfigDict, num_devices: int = 1) -> datasets.D
     return spec
 
 
-def validate_data(data: config_dict.ConfigDict, num_devices: int = 1) -> datasets.DatasetSpec:
+def validate_data(
+    data: config_dict.ConfigDict, num_devices: int = 1, num_eval_devices: int | None = None
+) -> datasets.DatasetSpec:
     """Checks the group `data`; the arguments, result and errors are those of `validate`."""
-    for field in ('batch_size', 'eval_batch_size'):
-        if data[field] % num_devices:
-            raise ConfigError(
-                f'data.{field}', data[field], f'a multiple of the {num_devices} devices'
-            )
+    devices = {'batch_size': num_devices, 'eval_batch_size': num_eval_devices or num_devices}
+    for field, count in devices.items():
+        if data[field] % count:
+            raise ConfigError(f'data.{field}', data[field], f'a multiple of the {count} devices')
     return datasets.describe(data)
+
+
+def validate_seeds(config: config_dict.ConfigDict) -> None:
+    """Checks `seeds`, and what it asks of other fields.
+
+    Raises:
+      ConfigError: a value that is not allowed.
+    """
+    seeds = tuple(config.seeds)
+    if not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds):
+        raise ConfigError('seeds', seeds, 'whole numbers of 0 to 2**32 - 1')
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError('seeds', seeds, 'numbers that differ from each other')
+    if config.train.keep_checkpoints < 2:
+        # Killed between the saves of two seeds, all must find a step that they have in common.
+        raise ConfigError(
+            'train.keep_checkpoints', config.train.keep_checkpoints, 'at least 2 with seeds'
+        )
 
 
 _AT_LEAST = {
@@ -270,7 +315,10 @@ _AT_LEAST = {
     'train.eval_every_epochs': 1,
     'train.checkpoint_every_epochs': 1,
     'train.keep_checkpoints': 1,
-    'train.steps_per_call': 1,
+    'train.steps_per_call': 0,
+    'data.decode_threads': 0,
+    'data.prefetch': 1,
+    'profile_steps': 0,
     'train.accumulation_steps': 1,
     'train.skip_nonfinite_steps': 0,
 }

@@ -35,6 +35,7 @@ class Estimate:
       state: parameters, running statistics, optimiser's state, averages: exact.
       teachers: the frozen teachers: exact.
       batch: the device's share of what one call of the step is given: exact.
+      examples: the training images that wait in its memory: exact.
       temporaries: activations kept for the backward pass, gradients, and all else.
       measured: whether `temporaries` is the compiler's own number; if not, see `peak_bytes`.
       available: what the device has for this process, or None where it does not tell.
@@ -46,11 +47,12 @@ class Estimate:
     temporaries: int
     measured: bool
     available: int | None = None
+    examples: int = 0
 
     @property
     def needed(self) -> int:
         """All of it."""
-        return self.state + self.teachers + self.batch + self.temporaries
+        return self.state + self.teachers + self.batch + self.examples + self.temporaries
 
     @property
     def too_large(self) -> bool:
@@ -58,7 +60,12 @@ class Estimate:
         return self.measured and self.available is not None and self.needed > self.available
 
     def __str__(self) -> str:
-        parts = {'state': self.state, 'teachers': self.teachers, 'batch': self.batch}
+        parts = {
+            'state': self.state,
+            'teachers': self.teachers,
+            'data set': self.examples,
+            'batch': self.batch,
+        }
         shown = [f'{name} {memory.readable_size(size)}' for name, size in parts.items() if size]
         about = '' if self.measured else 'about '
         shown.append(f'temporaries {about}{memory.readable_size(self.temporaries)}')
@@ -68,37 +75,57 @@ class Estimate:
         return f'{line} of {memory.readable_size(self.available)}'
 
 
-def abstract_arguments(recipe: Recipe, mesh: Mesh | AbstractMesh, num_steps: int = 1) -> tuple:
+def abstract_arguments(
+    recipe: Recipe,
+    mesh: Mesh | AbstractMesh,
+    num_steps: int = 1,
+    num_seeds: int = 1,
+    num_examples: int = 0,
+) -> tuple:
     """What the train step is called with, as shapes: state, batches and each teacher's variables.
 
     Args:
       recipe: of the run.
       mesh: of the run, or an abstract one.
       num_steps: steps a call.
+      num_seeds: S, that train at once on a `parallel.seeds_mesh`.
+      num_examples: of the data set that waits in device memory; 0: images come with every call.
 
     Returns:
       `jax.ShapeDtypeStruct`s with shardings, at the places of the arrays.
     """
+    has_seeds = parallel.has_seeds(mesh)
 
-    def placed(tree: Any, spec: P) -> Any:
+    def placed(tree: Any, spec: P, front: tuple[int, ...] = ()) -> Any:
         sharding = NamedSharding(mesh, spec)
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+            lambda x: jax.ShapeDtypeStruct((*front, *x.shape), x.dtype, sharding=sharding), tree
         )
 
     state = jax.eval_shape(recipe.random_state)
-    shape = num_steps, recipe.config.data.batch_size
-    batch = {
-        'image': jax.ShapeDtypeStruct((*shape, *recipe.spec.image_shape), jnp.uint8),
-        'label': jax.ShapeDtypeStruct(shape, jnp.int32),
-        'mask': jax.ShapeDtypeStruct(shape, jnp.float32),
-    }
+    size, shape = recipe.config.data.batch_size, recipe.spec.image_shape
+    mask = jax.ShapeDtypeStruct((size,), jnp.float32)
+    label = jax.ShapeDtypeStruct((size,), jnp.int32)
+    image = jax.ShapeDtypeStruct((size, *shape), jnp.uint8)
+    batch = {'mask': mask, 'index': label}
+    if not num_examples:
+        batch = {'mask': mask, 'label': label, 'image': image}
+    if has_seeds:
+        batch = placed(batch, parallel.STEPS_SEEDS_AND_BATCH, (num_steps, num_seeds))
+        state = placed(state, parallel.SEEDS, (num_seeds,))
+    else:
+        batch = placed(batch, parallel.STEPS_AND_BATCH, (num_steps,))
+        state = placed(state, parallel.REPLICATED)
+    if num_examples:
+        examples = {
+            'image': jax.ShapeDtypeStruct((num_examples, *shape), jnp.uint8),
+            'label': jax.ShapeDtypeStruct((num_examples,), jnp.int32),
+        }
+        batch['examples'] = placed(examples, parallel.REPLICATED)
+    if num_steps > 1:
+        batch['count'] = placed(jax.ShapeDtypeStruct((), jnp.int32), parallel.REPLICATED)
     teachers = [teacher.variables for teacher in recipe.teachers]
-    return (
-        placed(state, P()),
-        placed(batch, parallel.STEPS_AND_BATCH),
-        *placed(teachers, P()),
-    )
+    return state, batch, *placed(teachers, parallel.REPLICATED)
 
 
 class CompiledSteps:
@@ -110,15 +137,25 @@ class CompiledSteps:
       train_step: from `make_train_step`.
       recipe: of the run.
       mesh: of the run; an abstract one will do for an estimate without the compiler.
+      num_seeds: see `abstract_arguments`.
+      num_examples: see there too.
     """
 
-    def __init__(self, train_step: Callable[..., Any], recipe: Recipe, mesh: Mesh | AbstractMesh):
+    def __init__(
+        self,
+        train_step: Callable[..., Any],
+        recipe: Recipe,
+        mesh: Mesh | AbstractMesh,
+        num_seeds: int = 1,
+        num_examples: int = 0,
+    ):
         self._train_step, self._recipe, self._mesh = train_step, recipe, mesh
+        self._num_seeds, self._num_examples = num_seeds, num_examples
         self._compiled: dict[int, jax.stages.Compiled] = {}
 
-    def __call__(self, state: Any, batch: dict[str, jax.Array], *teacher_variables: Any) -> Any:
-        """Makes as many steps as there are batches."""
-        return self._compile(len(batch['label']))(state, batch, *teacher_variables)
+    def __call__(self, state: Any, batch: dict[str, Any], *teacher_variables: Any) -> Any:
+        """Makes as many steps as there are batches, or as 'count' says."""
+        return self._compile(len(batch['mask']))(state, batch, *teacher_variables)
 
     def estimate(self, num_steps: int = 1, compiles: bool = True) -> Estimate:
         """What one device needs, and what this machine's first one has.
@@ -130,7 +167,7 @@ class CompiledSteps:
         Raises:
           ConfigError: the compiler itself finds that there is too little.
         """
-        arguments = abstract_arguments(self._recipe, self._mesh, num_steps)
+        arguments = self._arguments(num_steps)
         state, batch, *teachers = (_device_bytes(argument) for argument in arguments)
         total = _compiled_bytes(self._compile(num_steps)) if compiles else None
         if total is None:
@@ -138,7 +175,11 @@ class CompiledSteps:
         else:
             temporaries = max(total - state - batch - sum(teachers), 0)
         available = available_bytes(jax.local_devices()[0])
-        return Estimate(state, sum(teachers), batch, temporaries, total is not None, available)
+        examples = _device_bytes(arguments[1].get('examples', ()))
+        measured = total is not None
+        return Estimate(
+            state, sum(teachers), batch - examples, temporaries, measured, available, examples
+        )
 
     def require_memory(self, num_steps: int) -> None:
         """Prints the estimate; all processes stop if the device of one has less.
@@ -157,11 +198,16 @@ class CompiledSteps:
             error = raised
         processes.agree({}, error)
 
+    def _arguments(self, num_steps: int) -> tuple:
+        return abstract_arguments(
+            self._recipe, self._mesh, num_steps, self._num_seeds, self._num_examples
+        )
+
     def _compile(self, num_steps: int) -> jax.stages.Compiled:
         if num_steps not in self._compiled:
-            arguments = abstract_arguments(self._recipe, self._mesh, num_steps)
+            lowered = self._train_step.lower(*self._arguments(num_steps))
             try:
-                self._compiled[num_steps] = self._train_step.lower(*arguments).compile()
+                self._compiled[num_steps] = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
                 if 'RESOURCE_EXHAUSTED' not in str(error):
                     raise
@@ -171,7 +217,8 @@ class CompiledSteps:
 
     def _too_large(self, reason: str) -> ConfigError:
         config = self._recipe.config
-        parts, share = config.train.accumulation_steps, config.data.batch_size // self._mesh.size
+        parts = config.train.accumulation_steps
+        share = config.data.batch_size // parallel.data_devices(self._mesh)
         advice = []
         finer = next((n for n in range(parts + 1, share + 1) if share % n == 0), None)
         # On CPU the parts are not in a loop, and XLA keeps the activations of all of them.
@@ -268,7 +315,7 @@ def plan(config: config_dict.ConfigDict, num_devices: int, compiles: bool = Fals
         mesh = parallel.make_mesh(jax.local_devices()[:1])
         parallel.use_compilation_cache(config.train.compilation_cache_dir)
     recipe = make_recipe(config_lib.resolve(config), spec, steps_per_epoch)
-    num_steps = min(config.train.steps_per_call, config.train.log_every, steps_per_epoch)
+    num_steps = min(config.train.steps_per_call or 1, config.train.log_every, steps_per_epoch)
     steps = CompiledSteps(make_train_step(recipe, mesh), recipe, mesh)
     return steps.estimate(num_steps, compiles)
 

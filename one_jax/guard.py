@@ -28,10 +28,13 @@ class Guard:
       config: resolved; `train.skip_nonfinite_steps` steps in a row may be skipped.
       steps_per_epoch: for the message.
       skipped_in_a_row: at the end of the steps before, of a run that is resumed.
+      label: in front of the message.
     """
 
-    def __init__(self, config: Any, steps_per_epoch: int, skipped_in_a_row: int = 0):
-        self._config, self._steps_per_epoch = config, steps_per_epoch
+    def __init__(
+        self, config: Any, steps_per_epoch: int, skipped_in_a_row: int = 0, label: str = ''
+    ):
+        self._config, self._steps_per_epoch, self._label = config, steps_per_epoch, label
         self.skipped_in_a_row = skipped_in_a_row
         self._all_finite = jax.jit(all_finite)
 
@@ -81,7 +84,7 @@ class Guard:
         skipped = self._config.train.skip_nonfinite_steps
         after = f' and {skipped} steps before it were skipped' if skipped else ''
         raise NonFiniteError(
-            f'step {step} (epoch {step / self._steps_per_epoch:.2f}) is not finite: '
+            f'{self._label}step {step} (epoch {step / self._steps_per_epoch:.2f}) is not finite: '
             f'{"; ".join(terms[:3])}{after}; {checkpoint}. Lower '
             f'optimizer.learning_rate={self._config.optimizer.learning_rate}, give '
             'optimizer.warmup_epochs, or let some such steps be skipped: '

@@ -80,7 +80,10 @@ def _crop(recipe: Recipe, mesh: Mesh, key: jax.Array, images: jax.Array) -> jax.
     if spec.augment == 'none':
         return images
     offsets, flips = augment.draw_crops(
-        key, images.shape[0] * mesh.size, spec.padding, flip=spec.augment == 'pad_crop_flip'
+        key,
+        images.shape[0] * parallel.data_devices(mesh),
+        spec.padding,
+        flip=spec.augment == 'pad_crop_flip',
     )
     offsets, flips = _own_share(offsets, mesh), _own_share(flips, mesh)
     return augment.crop_and_flip(images, offsets, flips, spec.padding)
@@ -88,7 +91,7 @@ def _crop(recipe: Recipe, mesh: Mesh, key: jax.Array, images: jax.Array) -> jax.
 
 def _own_share(values: jax.Array, mesh: Mesh) -> jax.Array:
     """This device's part of an array [B, ...] that is whole on every device."""
-    local = values.shape[0] // mesh.size
+    local = values.shape[0] // parallel.data_devices(mesh)
     return lax.dynamic_slice_in_dim(values, lax.axis_index(parallel.DATA_AXIS) * local, local)
 
 

@@ -12,7 +12,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from one_jax import command, processes, report, train, workdir
+from one_jax import command, processes, report, seeds, train, workdir
 from one_jax.errors import UserError
 from one_jax.interrupt import Interrupted
 
@@ -49,12 +49,17 @@ def main() -> None:
             f'{directory}'
         )
     try:
-        result = train.train_and_evaluate(config, directory)
+        if config.seeds:
+            train.train_seeds(config, directory)
+            runs = [directory / seeds.folder(seed) for seed in config.seeds]
+            table = report.runs_table(report.read_runs(runs)) if processes.is_first() else ''
+        else:
+            table = report.run_table(train.train_and_evaluate(config, directory))
     except Interrupted as interrupted:
         print(f'stopped by {interrupted}, saved; the same command goes on', file=sys.stderr)
         sys.exit(128 + interrupted.signal_number)
     if processes.is_first():
-        print(report.run_table(result))
+        print(table)
 
 
 if __name__ == '__main__':

@@ -43,13 +43,15 @@ class Recipe:
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
 
-    def random_state(self) -> TrainState:
-        """The fresh state of the run's seed; to be jitted, or evaluated abstractly."""
+    def random_state(self, seed: jax.typing.ArrayLike | None = None) -> TrainState:
+        """The fresh state of the run's seed, or of another; to be jitted, or evaluated
+        abstractly.
+        """
         return init_state(
             self.network,
             self.optimizer,
             self.spec.image_shape,
-            self.config.seed,
+            self.config.seed if seed is None else seed,
             with_averages=self.config.train.ema_decay > 0,
             method_state=self.method.initial_state(),
         )

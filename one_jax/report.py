@@ -317,6 +317,15 @@ def read_runs(directories: Iterable[str | Path]) -> list[Run]:
     ]
 
 
+def runs_table(runs: Sequence[Run]) -> str:
+    """The tables of several runs, one for each data set, and what their columns are."""
+    text = ''
+    for group in _group(runs, 'data'):
+        heading, rows = _table(group)
+        text += f'{heading}\n{_fit(rows)}\n\n'
+    return text + LEGEND
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables of the workdirs that the arguments name."""
     parser = argparse.ArgumentParser(
@@ -326,10 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--output', metavar='DIR', help='write report.md and curves.png here too')
     options = parser.parse_args(arguments)
     runs = read_runs(options.workdirs)
-    for group in _group(runs, 'data'):
-        heading, rows = _table(group)
-        print(f'{heading}\n{_fit(rows)}\n')
-    print(LEGEND)
+    print(runs_table(runs))
     if options.output:
         write_report(runs, options.output)
         print(f'written to {options.output}')

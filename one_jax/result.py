@@ -4,7 +4,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from one_jax import models, workdir
+from one_jax import models, parallel, workdir
 from one_jax.data import datasets, jpeg
 from one_jax.models import cost
 from one_jax.recipe import Recipe
@@ -66,5 +66,5 @@ def make_result(recipe: Recipe, progress: dict[str, Any], name: str, mesh: Mesh)
         'seconds': round(progress['seconds'], 1),
         'versions': workdir.versions(),
         'device': workdir.device_name(),
-        'num_devices': mesh.size,
+        'num_devices': parallel.data_devices(mesh),
     }

@@ -76,7 +76,7 @@ def init_state(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
-    seed: int,
+    seed: jax.typing.ArrayLike,
     with_averages: bool = False,
     method_state: Any = None,
 ) -> TrainState:
@@ -86,7 +86,7 @@ def init_state(
       network: called as `network(images, train)`.
       optimizer: initialised on the parameters.
       image_shape: (H, W, 3).
-      seed: below 2**32.
+      seed: below 2**32; an array is uint32.
       with_averages: whether to keep exponential moving averages.
       method_state: the method's own part.
     """

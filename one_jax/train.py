@@ -1,52 +1,48 @@
-"""Training: the step, and the loop that reads from top to bottom."""
+"""Training: from a config to a result, and the loop that reads from top to bottom."""
 
 import contextlib
-import itertools
+import dataclasses
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
+from one_jax import config as config_lib
 from one_jax import (
-    checkpoint,
     device_memory,
     evaluate,
+    feed,
     fine_tuning,
-    guard,
     lock,
-    metrics,
     parallel,
     processes,
-    teachers,
+    profiling,
+    seeds,
     workdir,
 )
-from one_jax import config as config_lib
-from one_jax.analysis import curves
-from one_jax.data import datasets, resident, streaming
+from one_jax.data import datasets
 from one_jax.errors import ConfigError, UserError
 from one_jax.interrupt import Interrupted, StopRequest
 from one_jax.progress import Progress
+from one_jax.readback import Readback
 from one_jax.recipe import Recipe, make_recipe
-from one_jax.result import describe_data, make_result
+from one_jax.result import describe_data
+from one_jax.run import Run
 from one_jax.state import TrainState
 from one_jax.train_step import make_train_step
-
-# Compiled calls that may be under way before the host waits: enough to keep the device busy, few
-# enough that a signal is soon obeyed.
-MAX_CALLS_IN_FLIGHT = 4
 
 
 def train_and_evaluate(config: Any, directory: str | Path) -> dict[str, Any]:
     """Trains and evaluates, or goes on where an earlier run in the same directory stopped.
 
     Args:
-      config: the whole configuration.
+      config: the whole configuration, of one seed.
       directory: the workdir; see README for its files.
 
     Returns:
@@ -56,76 +52,126 @@ def train_and_evaluate(config: Any, directory: str | Path) -> dict[str, Any]:
       UserError: bad input; nothing was compiled or written.
       Interrupted: SIGTERM or Ctrl-C came; the state is saved.
     """
+    if config.seeds:
+        raise ConfigError('seeds', config.seeds, '() for one run: train_seeds takes several')
+    return _train_all([config], [Path(directory)])[0]
+
+
+def train_seeds(config: Any, directory: str | Path) -> list[dict[str, Any]]:
+    """Trains the seeds `config.seeds` at once, in one program; or goes on.
+
+    Args:
+      config: the whole configuration.
+      directory: in which each seed has a workdir of its own, `seed-N`, as if it were alone.
+
+    Returns:
+      The content of each `result.json`. Seeds that are finished already are not trained again.
+
+    Raises:
+      UserError, Interrupted: as `train_and_evaluate`.
+    """
     directory = Path(directory)
+    config_lib.validate_seeds(config)
+    if (directory / workdir.CONFIG).exists():
+        raise UserError(
+            f'workdir={str(directory)!r} holds a run of one seed: give another --workdir for '
+            f'seeds={config.seeds}'
+        )
+    directories = {seed: directory / seeds.folder(seed) for seed in config.seeds}
+    results = {
+        seed: workdir.read_json(path / workdir.RESULT)
+        for seed, path in directories.items()
+        if (path / workdir.RESULT).exists()
+    }
+    left = [seed for seed in config.seeds if seed not in results]
+    if left:
+        configs = [seeds.config_of(config, seed) for seed in left]
+        trained = _train_all(configs, [directories[seed] for seed in left])
+        results |= dict(zip(left, trained, strict=True))
+    return [results[seed] for seed in config.seeds]
+
+
+def _train_all(configs: list[Any], directories: list[Path]) -> list[dict[str, Any]]:
+    """The runs of configs that differ in their seeds only, each in its directory."""
     mesh = parallel.make_mesh()
-    config, dataset = _prepare(config, directory, mesh)
-    if (directory / workdir.RESULT).exists():
-        return workdir.read_json(directory / workdir.RESULT)
-    batches, recipe = _plan(config, dataset)
-    evaluator = evaluate.Evaluator(config, recipe.method, recipe.network, dataset, mesh)
-    with workdir.reporting_failed_writes(directory), contextlib.ExitStack() as stack:
-        _take(directory, stack)
-        checkpoints = stack.enter_context(
-            checkpoint.Checkpoints(
-                directory / workdir.CHECKPOINTS, keep_latest=config.train.keep_checkpoints
-            )
+    # Those that train at once have an axis of seeds; one alone is a run as any other.
+    train_mesh = parallel.seeds_mesh(mesh, len(configs)) if len(configs) > 1 else mesh
+    configs, dataset = _prepare(configs, directories, mesh, train_mesh)
+    if len(configs) == 1 and (directories[0] / workdir.RESULT).exists():
+        return [workdir.read_json(directories[0] / workdir.RESULT)]
+    plan = _plan(configs, dataset)
+    recipe = plan.recipes[0]
+    evaluator = evaluate.Evaluator(recipe.config, recipe.method, recipe.network, dataset, mesh)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(workdir.reporting_failed_writes(directories[0]))
+        _take(directories, stack)
+        runs = [
+            Run(recipe, directory, len(configs))
+            for recipe, directory in zip(plan.recipes, directories, strict=True)
+        ]
+        for run in runs:
+            stack.enter_context(run.checkpoints)
+        state, step = _start_or_resume(runs, mesh, train_mesh, dataset)
+        examples = dataset.splits['train'] if plan.images_on_device else None
+        train_step = device_memory.CompiledSteps(
+            make_train_step(recipe, train_mesh),
+            recipe,
+            train_mesh,
+            len(runs),
+            0 if examples is None else len(examples),
         )
-        state, progress = _start_or_resume(recipe, mesh, checkpoints, dataset.label_names)
-        progress['data'] = describe_data(dataset)
-        _check_teachers(recipe, progress)
-        train_step = device_memory.CompiledSteps(make_train_step(recipe, mesh), recipe, mesh)
-        if count := _steps_to_call(recipe, int(state.step)):
-            train_step.require_memory(count)
+        if step < recipe.total_steps:
+            train_step.require_memory(plan.steps_per_call)
         if processes.is_first():
-            workdir.write_json(directory / workdir.CONFIG, config.to_dict())
-        state = _train(
-            recipe, mesh, train_step, batches, evaluator, state, progress, checkpoints, directory
-        )
-        result = make_result(recipe, progress, directory.name, mesh)
-        if processes.is_first():
-            curves.plot_run(metrics.read_records(directory), directory / workdir.CURVES)
-            workdir.write_json(directory / workdir.RESULT, result)
+            for run in runs:
+                workdir.write_json(run.directory / workdir.CONFIG, run.recipe.config.to_dict())
+        batches = feed.Feed(plan.batches, train_mesh, plan.steps_per_call, step, examples)
+        _train(runs, mesh, train_mesh, train_step, batches, evaluator, state, step)
+        results = [run.finish(train_mesh) for run in runs]
         processes.wait_for_all('result')
-    return result
+    return results
 
 
-def _take(directory: Path, stack: contextlib.ExitStack) -> None:
-    """Makes the workdir this run's alone, until `stack` closes; process 0 does it for all."""
+def _take(directories: Sequence[Path], stack: contextlib.ExitStack) -> None:
+    """Makes the workdirs this run's alone, until `stack` closes; process 0 does it for all."""
     error = None
     if processes.is_first():
         try:
-            stack.enter_context(lock.hold(directory))
+            for directory in directories:
+                stack.enter_context(lock.hold(directory))
         except UserError as raised:
             error = raised
     processes.agree({}, error)
 
 
 def _prepare(
-    config: Any, directory: Path, mesh: Mesh
-) -> tuple[Any, datasets.Dataset | datasets.StreamedDataset | None]:
+    configs: Sequence[Any], directories: Sequence[Path], mesh: Mesh, train_mesh: Mesh
+) -> tuple[list[Any], datasets.Dataset | datasets.StreamedDataset | None]:
     """Checks all there is to check, and reads the data (not for a run that is finished).
 
     Several processes either all go on, or all stop.
     """
-    error, resolved, dataset = None, None, None
+    error, resolved, dataset = None, [], None
     try:
-        config_lib.validate(config, mesh.size)
-        parallel.use_compilation_cache(config.train.compilation_cache_dir)
-        resolved = config_lib.resolve(config)
-        workdir.check(directory, resolved)
+        config_lib.validate(configs[0], parallel.data_devices(train_mesh), mesh.size)
+        parallel.use_compilation_cache(configs[0].train.compilation_cache_dir)
+        resolved = [config_lib.resolve(config) for config in configs]
+        for directory, config in zip(directories, resolved, strict=True):
+            workdir.check(directory, config)
     except UserError as raised:
         error = raised
     # Process 0 builds a data set that is not there yet.
     with processes.first_alone('data'):
         try:
-            if error is None and not (directory / workdir.RESULT).exists():
-                dataset = datasets.load(config.data)
+            if error is None and not (directories[0] / workdir.RESULT).exists():
+                dataset = datasets.load(configs[0].data)
         except UserError as raised:
             error = raised
     facts = {'version of the code': '', 'config': '', 'data set': ''}
     if error is None and jax.process_count() > 1:
-        fields = config_lib.flatten(resolved)
-        same = {name: fields[name] for name in fields.keys() - set(config_lib.MACHINE_FIELDS)}
+        fields = config_lib.flatten(resolved[0])
+        same = {name: fields[name] for name in fields.keys() - set(config_lib.LOCAL_FIELDS)}
+        same['seeds'] = [config.seed for config in resolved]
         facts['version of the code'] = _lines(workdir.versions())
         facts['config'] = _lines(same)
         facts['data set'] = _lines({} if dataset is None else dataset.facts())
@@ -133,17 +179,36 @@ def _prepare(
     return resolved, dataset
 
 
-def _plan(config: Any, dataset: datasets.Dataset | datasets.StreamedDataset) -> tuple[Any, Recipe]:
-    """The batches and the recipe; several processes have the same students to learn from."""
-    error, facts = None, {'student': ''}
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is decided before anything is compiled: of each seed its batches and its recipe."""
+
+    batches: list[Any]
+    recipes: list[Recipe]
+    images_on_device: bool
+    steps_per_call: int
+
+
+def _plan(configs: Sequence[Any], dataset: datasets.Dataset | datasets.StreamedDataset) -> _Plan:
+    """Several processes decide alike, and have the same students to learn from."""
+    error, plan, facts = None, None, {'student': '', 'place for its images': ''}
     try:
-        batches = dataset.train_batches(config.data.batch_size, config.seed)
-        recipe = make_recipe(config, dataset.spec, batches.steps_per_epoch)
+        config = configs[0]
+        images_on_device = feed.on_device(config, dataset)
+        batches = [dataset.train_batches(c.data.batch_size, c.seed) for c in configs]
+        recipe = make_recipe(config, dataset.spec, batches[0].steps_per_epoch)
+        plan = _Plan(
+            batches,
+            [dataclasses.replace(recipe, config=config) for config in configs],
+            images_on_device,
+            feed.steps_per_call(config, images_on_device, batches[0].steps_per_epoch),
+        )
         facts['student'] = _lines(recipe.student_checksums())
+        facts['place for its images'] = 'device' if images_on_device else 'host'
     except UserError as raised:
         error = raised
     processes.agree(facts, error)
-    return batches, recipe
+    return plan
 
 
 def _lines(facts: dict[str, Any]) -> str:
@@ -151,48 +216,32 @@ def _lines(facts: dict[str, Any]) -> str:
 
 
 def _start_or_resume(
-    recipe: Recipe,
+    runs: Sequence[Run],
     mesh: Mesh,
-    checkpoints: checkpoint.Checkpoints,
-    label_names: tuple[str, ...],
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state of the newest good checkpoint or a fresh one, and what is kept beside it.
+    train_mesh: Mesh,
+    dataset: datasets.Dataset | datasets.StreamedDataset,
+) -> tuple[TrainState, int]:
+    """The state after the newest good checkpoint or a fresh one, and how many steps it has done."""
+    recipe = runs[0].recipe
 
-    The second value is kept beside the state: `seconds` so far, the `window` of metrics not yet in
-    a record, and the last of the `evaluations` of each split.
-    """
-
-    def initialise() -> TrainState:
-        state = recipe.random_state()
+    def initialise(seed: jax.Array) -> TrainState:
+        state = recipe.random_state(seed)
         if recipe.initial is None:
             return state
-        return fine_tuning.start_from(state, recipe.initial, label_names)
+        return fine_tuning.start_from(state, recipe.initial, dataset.label_names)
 
-    replicated = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, parallel.REPLICATED)
     template = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-        jax.eval_shape(initialise),
+        jax.eval_shape(initialise, jax.ShapeDtypeStruct((), np.uint32)),
     )
-    restored = checkpoints.restore_latest(template)
-    if restored is None:
-        state = jax.jit(initialise, out_shardings=replicated)()
-        return state, {'seconds': 0.0, 'window': [], 'evaluations': {}}
-    if processes.is_first():
-        print(f'resumes after step {restored.step} of {recipe.total_steps}')
-    return restored.state, restored.progress
-
-
-def _check_teachers(recipe: Recipe, progress: dict[str, Any]) -> None:
-    """Notes the frozen teachers in `progress`; those of a resumed run must be the same."""
-    described = teachers.describe(recipe.method, recipe.teachers)
-    before = [teacher['sha256'] for teacher in progress.get('teachers', described)]
-    if before != [teacher['sha256'] for teacher in described]:
-        raise ConfigError(
-            'method.teachers',
-            recipe.config.method.teachers,
-            f'the {len(before)} with which the run began, in their order: the weights are others',
-        )
-    progress['teachers'] = described
+    fresh = jax.jit(initialise, out_shardings=replicated)
+    states, step = [], 0
+    for run, restored in zip(runs, seeds.restore(runs, template), strict=True):
+        run.begin(restored, describe_data(dataset))
+        step = 0 if restored is None else restored.step
+        states.append(fresh(np.uint32(run.recipe.config.seed)) if not step else restored.state)
+    return states[0] if len(runs) == 1 else seeds.stack(states, train_mesh), step
 
 
 def _next_record(recipe: Recipe, step: int) -> int:
@@ -205,149 +254,107 @@ def _next_record(recipe: Recipe, step: int) -> int:
     )
 
 
-def _steps_to_call(recipe: Recipe, step: int) -> int:
-    """How many steps the call after `step` makes: no record is passed over."""
-    return min(recipe.config.train.steps_per_call, _next_record(recipe, step) - step)
+class _Records:
+    """Takes the scalars of all seeds from the device to the records of each run."""
+
+    def __init__(self, runs: Sequence[Run], bar: Progress):
+        self._runs, self._bar = runs, bar
+
+    def take(self, step: int, scalars: dict[str, np.ndarray]) -> None:
+        """The scalars [n, ...], or [n, S, ...] of several seeds, of the steps after `step`."""
+        for index, run in enumerate(self._runs):
+            own = scalars
+            if len(self._runs) > 1:
+                own = {name: values[:, index] for name, values in scalars.items()}
+            run.take(step, own)
+
+    def write(self, step: int) -> None:
+        """The records of the steps up to this one."""
+        recipe, timing = self._runs[0].recipe, {}
+        if step % recipe.config.train.log_every == 0 or step == recipe.total_steps:
+            loss = np.mean([run.last_loss() for run in self._runs])
+            epoch = step / recipe.steps_per_epoch
+            timing['images_per_second'] = self._bar.log(step, epoch, loss)
+        for run in self._runs:
+            run.write_window(step, timing)
 
 
 def _train(
-    recipe: Recipe,
+    runs: Sequence[Run],
     mesh: Mesh,
+    train_mesh: Mesh,
     train_step: device_memory.CompiledSteps,
-    batches: resident.ResidentBatches | streaming.StreamedBatches,
+    batches: feed.Feed,
     evaluator: evaluate.Evaluator,
     state: TrainState,
-    progress: dict[str, Any],
-    checkpoints: checkpoint.Checkpoints,
-    directory: Path,
-) -> TrainState:
-    """Trains from `state` to the last step; `progress` is brought up to date on the way."""
-    settings, steps_per_epoch = recipe.config.train, recipe.steps_per_epoch
+    step: int,
+) -> None:
+    """Trains from `state`, after `step`, to the last step; leaves checkpoints and records."""
+    recipe = runs[0].recipe
+    steps_per_epoch, settings = recipe.steps_per_epoch, recipe.config.train
     teacher_variables = parallel.replicate([t.variables for t in recipe.teachers], mesh)
-    window = [
-        {name: np.asarray(values) for name, values in entry.items()} for entry in progress['window']
-    ]
-    fetched = len(window)
-    step, stopping = int(state.step), False
-    stream = batches.iterate(step)
-    started = time.monotonic() - progress['seconds']
-    saved_at = step
-    watch = guard.Guard(recipe.config, steps_per_epoch, progress.get('skipped_in_a_row', 0))
+    unstacked = seeds.Unstacker(mesh, len(runs))
+    started = time.monotonic() - runs[0].progress['seconds']
+    stopping = False
 
     def due(every_epochs: int) -> bool:
         epoch, rest = divmod(step, steps_per_epoch)
         return step == recipe.total_steps or (rest == 0 and epoch % every_epochs == 0)
 
-    def fetch() -> None:
-        """Reads what is not read yet of the window, and looks at it."""
-        nonlocal window, fetched
-        new = jax.device_get(window[fetched:])
-        first = step - sum(len(entry['loss']) for entry in new)
-        for entry in new:
-            watch.check(first + 1, entry, saved_at or None)
-            first += len(entry['loss'])
-        window = [*window[:fetched], *new]
-        fetched = len(window)
-
-    def require_good_state() -> None:
-        watch.check_variables(step, state.variables, saved_at or None)
-        if processes.is_first():
-            lock.require(directory)
+    def refreshed() -> TrainState:
+        states = [evaluator.refresh(each) for each in unstacked(state)]
+        return states[0] if len(states) == 1 else seeds.stack(states, train_mesh)
 
     def save() -> None:
-        fetch()
-        require_good_state()
-        progress['seconds'] = time.monotonic() - started
-        progress['window'] = jax.tree.map(lambda x: x.tolist(), window)
-        progress['skipped_in_a_row'] = watch.skipped_in_a_row
-        checkpoints.save(step, state, progress, _selection_metrics(progress, step))
+        readback.read()
+        seconds = time.monotonic() - started
+        for run, own in zip(runs, unstacked(state), strict=True):
+            run.save(step, own, seconds)
 
-    with (
-        StopRequest(processes.stop_signals()) as stop,
-        _open_records(directory, step) as records,
-        contextlib.closing(_progress_bar(recipe, step)) as bar,
-    ):
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest(processes.stop_signals()))
+        for run in runs:
+            stack.enter_context(run.open_records())
+        bar = stack.enter_context(contextlib.closing(_progress_bar(recipe, step, len(runs))))
+        profiler = profiling.Profiler(runs[0].directory, recipe.config.profile_steps)
+        records = _Records(runs, bar)
+        readback = Readback(records.take, records.write)
         while step < recipe.total_steps and not stopping:
-            record_at = _next_record(recipe, step)
             if recipe.method.needs_validation and step % steps_per_epoch == 0:
-                state = evaluator.refresh(state)
-            count = _steps_to_call(recipe, step)
-            batch = _stack(list(itertools.islice(stream, count)))
-            batch = parallel.shard_batch(batch, mesh, parallel.STEPS_AND_BATCH)
-            state, scalars = train_step(state, batch, *teacher_variables)
-            window.append(scalars)
-            if len(window) - fetched > MAX_CALLS_IN_FLIGHT:
-                jax.block_until_ready(window[-MAX_CALLS_IN_FLIGHT])
+                state = refreshed()
+            record_at = _next_record(recipe, step)
+            count = min(batches.num_steps, record_at - step)
+            profiler.before(step, state)
+            state, scalars = train_step(state, batches(step, count), *teacher_variables)
+            readback.add(step, count, scalars)
             step += count
+            profiler.after(step, state)
             bar.update(step)
-            epoch = step / steps_per_epoch
             if step == record_at:
-                fetch()
-                require_good_state()
-                means, window, fetched = _mean(window), [], 0
-                timing = {}
-                if step % settings.log_every == 0 or step == recipe.total_steps:
-                    timing['images_per_second'] = bar.log(step, epoch, means['loss'])
-                records.write(step, epoch, 'train', means, timing)
-            with bar.paused():
-                if due(settings.eval_every_epochs):
-                    for split in evaluator.splits(final=step == recipe.total_steps):
-                        record = evaluator(state.evaluated_variables, split)
-                        records.write(step, epoch, split, record)
-                        progress['evaluations'][split] = {'step': step, **record}
-                        bar.message(evaluate.one_line(epoch, split, record))
-                if due(settings.checkpoint_every_epochs):
+                readback.mark_record(step)
+            if jax.process_count() == 1:
+                readback.read_ready()
+            if due(settings.eval_every_epochs):
+                readback.read()
+                with bar.paused():
+                    for run, own in zip(runs, unstacked(state), strict=True):
+                        for line in run.evaluate(evaluator, own, step):
+                            bar.message(line)
+            if due(settings.checkpoint_every_epochs):
+                with bar.paused():
                     save()
-                    saved_at = step
             stopping = processes.stop_agreed(step, bool(stop))
-        if step != saved_at:
+        profiler.close(state)
+        if any(run.saved_at != step for run in runs):
             save()
-        checkpoints.wait()
+        readback.read()
+        for run in runs:
+            run.checkpoints.wait()
     if step < recipe.total_steps:
         raise Interrupted(step, stop.signal_number or signal.SIGTERM)
-    return state
 
 
-def _progress_bar(recipe: Recipe, step: int) -> Progress:
+def _progress_bar(recipe: Recipe, step: int, num_seeds: int) -> Progress:
     stream = None if processes.is_first() else open(os.devnull, 'w')  # noqa: SIM115
-    return Progress(recipe.total_steps, recipe.config.data.batch_size, step, stream)
-
-
-def _open_records(directory: Path, step: int) -> contextlib.AbstractContextManager:
-    """Where the records go: process 0 writes them for all."""
-    if processes.is_first():
-        return metrics.RecordWriter(directory, resume_step=step)
-    return metrics.NoRecords()
-
-
-def _stack(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Batches with an axis of steps in front; of one batch, a view."""
-    if len(batches) == 1:
-        return {name: array[None] for name, array in batches[0].items()}
-    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-
-
-def _mean(window: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean over the steps of a window, in float64; steps that were skipped only count."""
-    steps = {
-        name: np.concatenate([np.asarray(entry[name], np.float64) for entry in window])
-        for name in window[0]
-    }
-    skipped = steps.pop(guard.SKIPPED, None)
-    if skipped is None:
-        return {name: values.mean(axis=0).tolist() for name, values in steps.items()}
-    # All skipped: NaN, which the record shows as null.
-    done = skipped == 0
-    with np.errstate(invalid='ignore'):
-        means = {
-            name: (values[done].sum(axis=0) / done.sum()).tolist() for name, values in steps.items()
-        }
-    return {**means, guard.SKIPPED: int(skipped.sum())}
-
-
-def _selection_metrics(progress: dict[str, Any], step: int) -> dict[str, float] | None:
-    """What the best checkpoint is chosen by: the held-out images; never the test set."""
-    record = progress['evaluations'].get('validation')
-    if record is None or record['step'] != step:
-        return None
-    return {'deployed_top1': record['deployed_top1']}
+    images_a_step = recipe.config.data.batch_size * num_seeds
+    return Progress(recipe.total_steps, images_a_step, step, stream)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from one_jax import guard, losses, methods, parallel, teachers
 from one_jax.inputs import Inputs, training_inputs
@@ -24,13 +25,20 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The compiled train step of any method, data-parallel over `mesh`.
 
+    With a `parallel.seeds_mesh`, each array of the state has an axis of seeds S in front, batches
+    and metrics have it behind n, and each seed is trained as if it were alone.
+
     Returns:
-      A function of the state (whose buffers it takes over), n batches ('image' uint8
-      [n, B, H, W, 3], 'label' [n, B], 'mask' [n, B]) and the variables of each frozen teacher. It
-      does n steps and returns the new state and the metrics of each, with n in front.
+      A function of the state (whose buffers it takes over), n batches and the variables of each
+      frozen teacher. It does n steps and returns the new state and the metrics of each, with n in
+      front. The batches are a dictionary of 'mask' [n, B] and 'image' uint8 [n, B, H, W, 3] with
+      'label' [n, B]; or, in place of these two, of 'index' [n, B] into 'examples', the 'image'
+      [N, H, W, 3] and 'label' [N] of a data set that is whole on every device. With 'count', a
+      scalar of 1 to n, only so many steps are done, and the other metrics are 0.
     """
 
     accumulation_steps = recipe.config.train.accumulation_steps
+    has_seeds = parallel.has_seeds(mesh)
 
     def forward_backward(teacher_variables, state: TrainState, batch_stats: Any, part: Part):
         """Gradients, new running statistics and scalars of (a part of) this device's batch."""
@@ -89,15 +97,64 @@ def make_train_step(
             scalars[guard.SKIPPED] = 1 - finite.astype(jnp.int32)
         return stepped, scalars
 
-    def steps(state: TrainState, batches: dict[str, jax.Array], *teacher_variables: Any):
+    def steps(state: TrainState, batches: dict[str, Any], *teacher_variables: Any):
         one_step = functools.partial(step, parallel.varying(teacher_variables))
-        # A scan over convolutions loses XLA's threads on CPU and is far slower: one step is none.
-        if batches['label'].shape[0] > 1:
-            return lax.scan(one_step, state, batches)
-        state, scalars = one_step(state, jax.tree.map(lambda x: x[0], batches))
-        return state, jax.tree.map(lambda x: x[None], scalars)
+        examples, count = batches.pop('examples', None), batches.pop('count', None)
 
-    return parallel.data_parallel(steps, mesh, parallel.STEPS_AND_BATCH, donate_state=True)
+        def step_of_all_seeds(state: TrainState, batch: dict[str, jax.Array]):
+            if examples is not None:
+                index = batch.pop('index')
+                batch |= {name: values[index] for name, values in examples.items()}
+            return jax.vmap(one_step)(state, batch) if has_seeds else one_step(state, batch)
+
+        n = len(batches['mask'])
+        # A loop over convolutions loses XLA's threads on CPU and is far slower: one step is none.
+        if n == 1:
+            state, scalars = step_of_all_seeds(state, jax.tree.map(lambda x: x[0], batches))
+            return state, jax.tree.map(lambda x: x[None], scalars)
+        count = n if count is None else count
+        return _repeat(step_of_all_seeds, count, state, batches, has_seeds)
+
+    return parallel.data_parallel(
+        steps,
+        mesh,
+        functools.partial(_batch_specs, has_seeds),
+        parallel.SEEDS if has_seeds else parallel.REPLICATED,
+        (parallel.SEEDS, parallel.STEPS_AND_SEEDS) if has_seeds else parallel.REPLICATED,
+        donate_state=True,
+    )
+
+
+def _batch_specs(has_seeds: bool, batches: dict[str, Any]) -> dict[str, P]:
+    """How the batches are cut over the devices; what is not said of each step is whole."""
+    cut = parallel.STEPS_SEEDS_AND_BATCH if has_seeds else parallel.STEPS_AND_BATCH
+    whole = ('examples', 'count')
+    return {name: parallel.REPLICATED if name in whole else cut for name in batches}
+
+
+def _repeat(
+    step: Callable[..., Any],
+    count: int | jax.Array,
+    state: TrainState,
+    batches: dict[str, Any],
+    has_seeds: bool,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`count` steps in a loop; a program for all counts, for each would have to be compiled."""
+    first = jax.tree.map(lambda x: x[0], batches)
+    _, shapes = jax.eval_shape(step, state, first)
+
+    def buffer(scalar: jax.ShapeDtypeStruct) -> jax.Array:
+        zeros = jnp.zeros((len(batches['mask']), *scalar.shape), scalar.dtype)
+        # In a loop what goes in and what comes out vary over the same axes.
+        return lax.pcast(zeros, parallel.SEED_AXIS, to='varying') if has_seeds else zeros
+
+    def body(index: jax.Array, carry: Any) -> Any:
+        state, buffers = carry
+        state, scalars = step(state, jax.tree.map(lambda x: x[index], batches))
+        write = functools.partial(lax.dynamic_update_index_in_dim, index=index, axis=0)
+        return state, jax.tree.map(lambda all_, new: write(all_, new), buffers, scalars)
+
+    return lax.fori_loop(0, count, body, (state, jax.tree.map(buffer, shapes)))
 
 
 def _split(part: Part, count: int) -> Part:

@@ -92,7 +92,11 @@ BAD = {
     'train.eval_every_epochs': [0],
     'train.checkpoint_every_epochs': [0],
     'train.keep_checkpoints': [0],
-    'train.steps_per_call': [0],
+    'train.steps_per_call': [-1],
+    'data.placement': ['gpu'],
+    'data.decode_threads': [-1],
+    'data.prefetch': [0],
+    'profile_steps': [-1],
 }
 
 

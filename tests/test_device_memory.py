@@ -78,8 +78,8 @@ def test_averages_and_devices_count():
     one, four = (make_steps(n, **{'train.ema_decay': 0.9}) for n in (1, 4))
     one, four = one.estimate(compiles=False), four.estimate(2, compiles=False)
     assert one.state == four.state
-    # A quarter of each of two batches.
-    assert four.batch == one.batch / 2
+    # A quarter of each of two batches, and how many of them are to be done.
+    assert four.batch == one.batch / 2 + 4
     plain = make_steps().estimate(compiles=False)
     assert 1.3 * plain.state < one.state < 1.6 * plain.state
 

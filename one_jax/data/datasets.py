@@ -63,12 +63,16 @@ class StreamedDataset:
       spec: `image_shape` is that of the crops.
       label_names: of the C classes.
       sources: where the splits 'train' and 'test' are read from.
+      decode_threads: of this process; 0 for one on each processor core.
+      prefetch: batches that are decoded ahead.
     """
 
     spec: DatasetSpec
     label_names: tuple[str, ...]
     sources: Mapping[str, tfds.core.DatasetBuilder | records.ImageFiles]
     evaluated_splits: tuple[str, ...] = ('test',)
+    decode_threads: int = 0
+    prefetch: int = 2
 
     def facts(self) -> dict[str, Any]:
         """By name, what several processes must have alike: not the images, which are not read."""
@@ -84,6 +88,8 @@ class StreamedDataset:
             self.spec.image_shape[0],
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            decode_threads=self.decode_threads,
+            prefetch=self.prefetch,
         )
 
     def evaluation_batches(self, split: str, batch_size: int) -> Iterator[Batch]:
@@ -95,6 +101,8 @@ class StreamedDataset:
             self.spec.image_shape[0],
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            decode_threads=self.decode_threads,
+            prefetch=self.prefetch,
         )
 
 
@@ -175,16 +183,17 @@ def _streams(data_config: config_dict.ConfigDict) -> bool:
 
 def _open_stream(data_config: config_dict.ConfigDict) -> StreamedDataset:
     spec = describe(data_config)
+    pace = {name: data_config[name] for name in ('decode_threads', 'prefetch')}
     if not _is_folder(data_config):
         builder = _open(data_config)
         label_names = tuple(builder.info.features['label'].names)
-        return StreamedDataset(spec, label_names, {'train': builder, 'test': builder})
+        return StreamedDataset(spec, label_names, {'train': builder, 'test': builder}, **pace)
     folder = _find_folder(data_config)
     sources = {
         split: records.ImageFiles(files.paths, files.labels, spec.num_classes)
         for split, files in folder.splits.items()
     }
-    return StreamedDataset(spec, folder.label_names, sources)
+    return StreamedDataset(spec, folder.label_names, sources, **pace)
 
 
 def _as_stream(spec: DatasetSpec, data_config: config_dict.ConfigDict) -> DatasetSpec:
