@@ -25,7 +25,14 @@ LOCAL_FIELDS = (
     'train.compilation_cache_dir',
 )
 # Fields that do not change what is computed: a resumed run may have others.
-MACHINE_FIELDS = (*LOCAL_FIELDS, 'data.placement', 'profile_steps', 'train.steps_per_call')
+MACHINE_FIELDS = (
+    *LOCAL_FIELDS,
+    'data.placement',
+    'model.branch_conv',
+    'model.keep_activations',
+    'profile_steps',
+    'train.steps_per_call',
+)
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -58,9 +65,15 @@ def default_config() -> config_dict.ConfigDict:
     # Computation in 'float32', 'bfloat16' (parameters, statistics and losses stay float32) or
     # 'float64'.
     model.dtype = 'float32'
-    # Convolutions of the branches: 'dense' (one after the other) or 'grouped' (one grouped
-    # convolution).
-    model.branch_conv = 'dense'
+    # Convolutions of the branches: 'dense' (one after the other), 'grouped' (one grouped
+    # convolution), 'gemm' (small maps as batched products of matrices), or 'auto' (the form for the
+    # platform: dense on all, so far).
+    model.branch_conv = 'auto'
+    # What is kept for the backward pass: 'all'; of each block of layers its input and what its
+    # 'convolutions' compute, hardly slower; or its input alone, 'blocks', for the least memory and
+    # a third more arithmetic. The rest is computed again. For accelerators: XLA's CPU compiler
+    # undoes it.
+    model.keep_activations = 'all'
 
     config.method = method = config_dict.ConfigDict()
     # The method, see one_jax/methods/.
@@ -230,6 +243,7 @@ def validate(
     _validate_numbers(config)
     _choice(config, 'model.dtype', DTYPES)
     _choice(config, 'model.branch_conv', layers.BRANCH_CONVOLUTIONS)
+    _choice(config, 'model.keep_activations', layers.KEPT_ACTIVATIONS)
     _choice(config, 'optimizer.schedule', SCHEDULES)
     _choice(config, 'data.placement', PLACEMENTS)
     for milestone in config.optimizer.milestones:
@@ -239,6 +253,9 @@ def validate(
             )
     models.network(config.model.name)
     method = methods.create(config)
+    if config.model.keep_activations != 'all' and not all(map(models.has_blocks, method.members)):
+        allowed = "'all': a network of the run has no blocks"
+        raise ConfigError('model.keep_activations', config.model.keep_activations, allowed)
     if method.needs_validation and not config.data.validation_fraction:
         raise ConfigError(
             'data.validation_fraction',

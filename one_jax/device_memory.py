@@ -224,6 +224,8 @@ class CompiledSteps:
         # On CPU the parts are not in a loop, and XLA keeps the activations of all of them.
         if finer and jax.default_backend() != 'cpu':
             advice.append(f'--config.train.accumulation_steps={finer}')
+        if config.model.keep_activations != 'blocks' and jax.default_backend() != 'cpu':
+            advice.append('--config.model.keep_activations=blocks')
         if config.model.dtype != 'bfloat16':
             advice.append('--config.model.dtype=bfloat16')
         advice.append('a smaller --config.data.batch_size')

@@ -64,6 +64,7 @@ BAD = {
     'model.share_stages': [-1, 3],
     'model.dtype': ['float16'],
     'model.branch_conv': ['sparse'],
+    'model.keep_activations': ['none'],
     'method.name': ['on'],
     'method.temperature': [0.0, -1.0, float('nan'), float('inf')],
     'method.distill_weight': [-0.1, float('nan')],

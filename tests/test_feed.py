@@ -7,7 +7,6 @@ import pytest
 from one_jax import checkpoint, feed, parallel, train
 from one_jax import config as config_lib
 from one_jax.data import datasets
-from one_jax.errors import ConfigError
 from one_jax.readback import MAX_CALLS_IN_FLIGHT, Readback
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from one_jax import models
+from one_jax import config as config_lib
+from one_jax import device_memory, models
 from one_jax.errors import ConfigError
 from one_jax.models import aggregators, cost, multibranch
 from one_jax.models.backbone import HeadOutputs
@@ -199,3 +200,38 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
 def test_unknown_networks_are_named(name):
     with pytest.raises(ConfigError, match=f"model.name='{name}' is not allowed: one of resnet11"):
         models.network(name)
+
+
+@pytest.mark.parametrize('name', ['resnet14', 'densenet16_4'])
+def test_what_is_not_kept_is_computed_again(name):
+    """Equal losses, gradients and statistics, of arrays of the same names; and less is kept."""
+    images = jax.random.normal(jax.random.key(0), (32, 16, 16, 3))
+    results, kept = {}, {}
+    for keep in ('all', 'convolutions', 'blocks'):
+        network = models.make_backbone(name, 10, jnp.float64, keep_activations=keep)()
+
+        def loss(params, rest, network=network):
+            outputs, updated = network.apply(
+                {'params': params, **rest}, images, train=True, mutable=['batch_stats']
+            )
+            return jnp.square(outputs.logits).sum(), updated
+
+        with jax.enable_x64(True):
+            variables = jax.jit(lambda n=network: n.init(jax.random.key(1), images, train=False))()
+            params = variables.pop('params')
+            step = jax.value_and_grad(loss, has_aux=True)
+            results[keep] = jax.jit(step)(params, variables)
+            kept[keep] = device_memory.peak_bytes(jax.make_jaxpr(step)(params, variables).jaxpr)
+    for keep in ('convolutions', 'blocks'):
+        chex.assert_trees_all_close(results[keep], results['all'], rtol=1e-9, atol=1e-9)
+    assert kept['blocks'] < kept['convolutions'] < 0.9 * kept['all']
+
+
+def test_a_network_without_blocks_keeps_all():
+    config = config_lib.default_config()
+    config.update_from_flattened_dict(
+        {'model.name': 'vgg6_tiny', 'model.keep_activations': 'blocks', 'method.name': 'plain'}
+    )
+    config.data.generated_examples = 256
+    with pytest.raises(ConfigError, match="keep_activations='blocks' is not allowed: 'all'"):
+        config_lib.validate(config)

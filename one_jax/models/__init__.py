@@ -80,12 +80,18 @@ def _scaled(constructor: Callable[..., Backbone], name: str, ratio: float) -> Ca
     return functools.partial(constructor, width_ratio=ratio)
 
 
+def has_blocks(name: str) -> bool:
+    """Whether the network `name` is of blocks, which `model.keep_activations` is about."""
+    return not isinstance(network(name)(num_classes=2), vgg.VGG)
+
+
 def make_backbone(
     name: str,
     num_classes: int,
     dtype: Any = jnp.float32,
     norm_axis_name: str | None = None,
     branch_conv: str = 'dense',
+    keep_activations: str = 'all',
 ) -> Callable[..., Backbone]:
     """A constructor of segments of the network `name`; the arguments are `Backbone`'s."""
     return functools.partial(
@@ -94,6 +100,7 @@ def make_backbone(
         dtype=jnp.dtype(dtype),
         norm_axis_name=norm_axis_name,
         branch_conv=branch_conv,
+        keep_activations=keep_activations,
     )
 
 
@@ -106,7 +113,8 @@ def make_network(
     """The network that is trained, from the group `model` of a resolved configuration.
 
     Args:
-      model_config: `name`, `num_branches`, `share_stages`, `dtype`, `branch_conv`.
+      model_config: `name`, `num_branches`, `share_stages`, `dtype`, `branch_conv`,
+        `keep_activations`.
       num_classes: of the data set.
       method: a `methods.Method`, for its members and its aggregator; None for the members of
         `model_config` alone.
@@ -121,7 +129,14 @@ def make_network(
         )
     return MultiBranch(
         make_backbones=tuple(
-            make_backbone(name, num_classes, dtype, norm_axis_name, model_config.branch_conv)
+            make_backbone(
+                name,
+                num_classes,
+                dtype,
+                norm_axis_name,
+                model_config.branch_conv,
+                model_config.keep_activations,
+            )
             for name in (names[:1] if len(set(names)) == 1 else names)
         ),
         num_branches=len(names),

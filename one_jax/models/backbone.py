@@ -43,6 +43,7 @@ class Backbone(nn.Module):
       dtype: of the computation.
       norm_axis_name: mesh axis of synchronised batch normalisation, or None.
       branch_conv: how convolutions behave under vmap, see `layers.make_conv`.
+      keep_activations: for the backward pass, see `layers.rematerialised`.
       width_ratio: factor of the channels of all stages, for networks that can be `scaled`.
     """
 
@@ -52,6 +53,7 @@ class Backbone(nn.Module):
     dtype: Any = jnp.float32
     norm_axis_name: str | None = None
     branch_conv: str = 'dense'
+    keep_activations: str = 'all'
     width_ratio: float = 1.0
 
     def scaled(self, channels: int) -> int:

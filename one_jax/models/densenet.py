@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from one_jax.models.backbone import Backbone
+from one_jax.models.layers import rematerialised
 
 
 class DenseLayer(nn.Module):
@@ -77,8 +78,9 @@ class DenseNet(Backbone):
         return conv(2 * self.growth, 3, name='conv1')(x)
 
     def stage(self, x: jax.Array, number: int, conv: Callable, norm: Callable) -> jax.Array:
+        layer = rematerialised(DenseLayer, self.keep_activations)
         for index in range(self.layers_per_block):
-            x = DenseLayer(self.growth, conv, norm, name=f'dense{number}_{index}')(x)
+            x = layer(self.growth, conv, norm, name=f'dense{number}_{index}')(x)
         if number < self.num_stages:
             x = Transition(conv, norm, name=f'trans{number}')(x)
         return x

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 from jax.interpreters import mlir
@@ -28,6 +29,9 @@ linear_kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform'
 # 'auto': the form for the platform. It is 'dense' everywhere: on CPU by benchmarks/heads.py, on
 # GPU and TPU because nothing else has been measured there.
 BRANCH_CONVOLUTIONS = ('auto', 'dense', 'grouped', 'gemm')
+# What a block keeps for its backward pass, see `rematerialised`.
+KEPT_ACTIVATIONS = ('all', 'convolutions', 'blocks')
+_CONVOLUTION = 'convolution'
 # The largest maps 'gemm' takes: the patches of a 3x3 kernel are nine times the input.
 GEMM_POSITIONS = 8 * 8
 
@@ -193,9 +197,12 @@ def make_conv(dtype: jnp.dtype, branch_conv: str) -> Callable[..., nn.Module]:
     conv_general_dilated = {
         'auto': dense_conv_general_dilated,
         'dense': dense_conv_general_dilated,
-        'grouped': None,
+        'grouped': lax.conv_general_dilated,
         'gemm': gemm_conv_general_dilated,
     }[branch_conv]
+
+    def named(*arguments: Any, **options: Any) -> jax.Array:
+        return checkpoint_name(conv_general_dilated(*arguments, **options), _CONVOLUTION)
 
     def conv(
         features: int,
@@ -216,11 +223,27 @@ def make_conv(dtype: jnp.dtype, branch_conv: str) -> Callable[..., nn.Module]:
             dtype=dtype,
             param_dtype=parameter_dtype(dtype),
             kernel_init=conv_kernel_init,
-            conv_general_dilated=conv_general_dilated,
+            conv_general_dilated=named,
             **names,
         )
 
     return conv
+
+
+def rematerialised(block: Callable[..., nn.Module], keep: str) -> Callable[..., nn.Module]:
+    """A block that computes again, in the backward pass, what it did not keep (Chen et al. 2016).
+
+    Args:
+      block: a module's class, or a partial of one.
+      keep: 'all' for the block as it is; 'convolutions' for its input and what its convolutions
+        compute (Pleiss et al. 2017, for DenseNets); 'blocks' for its input alone.
+    """
+    if keep == 'all':
+        return block
+    if isinstance(block, functools.partial):
+        return functools.partial(rematerialised(block.func, keep), **block.keywords)
+    policy = jax.checkpoint_policies.save_only_these_names(_CONVOLUTION)
+    return nn.remat(block, policy=policy if keep == 'convolutions' else None)
 
 
 def make_norm(dtype: jnp.dtype, axis_name: str | None, train: bool) -> Callable[..., nn.Module]:

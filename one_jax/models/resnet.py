@@ -11,7 +11,7 @@ import jax
 from flax import linen as nn
 
 from one_jax.models.backbone import Backbone
-from one_jax.models.layers import SqueezeExcitation
+from one_jax.models.layers import SqueezeExcitation, rematerialised
 
 
 def _shortcut(x: jax.Array, shape: Sequence[int], stride: int, conv: Callable, norm: Callable):
@@ -98,8 +98,9 @@ class ResNet(Backbone):
         return len(self.stage_sizes)
 
     def stage(self, x: jax.Array, number: int, conv: Callable, norm: Callable) -> jax.Array:
+        block = rematerialised(self.block, self.keep_activations)
         for index in range(self.stage_sizes[number - 1]):
             stride = 2 if number > 1 and index == 0 else 1
             width = self.scaled(self.width * 2 ** (number - 1))
-            x = self.block(width, stride, conv, norm, name=f'layer{number}_{index}')(x)
+            x = block(width, stride, conv, norm, name=f'layer{number}_{index}')(x)
         return x

@@ -23,6 +23,7 @@ import jax
 from flax import linen as nn
 
 from one_jax.models.backbone import Backbone
+from one_jax.models.layers import rematerialised
 from one_jax.models.resnet import BottleneckBlock
 from one_jax.models.resnet_cifar import CifarResNet
 
@@ -72,10 +73,11 @@ class WideResNet(Backbone):
         return conv(16, 3, name='conv1')(x)
 
     def stage(self, x: jax.Array, number: int, conv: Callable, norm: Callable) -> jax.Array:
+        block = rematerialised(PreActivationBlock, self.keep_activations)
         for index in range(self.blocks_per_stage):
             stride = 2 if number > 1 and index == 0 else 1
             width = self.scaled(self.widening * 16 * 2 ** (number - 1))
-            x = PreActivationBlock(width, stride, conv, norm, name=f'layer{number}_{index}')(x)
+            x = block(width, stride, conv, norm, name=f'layer{number}_{index}')(x)
         return x
 
     def last_maps(self, x: jax.Array, norm: Callable) -> jax.Array:
