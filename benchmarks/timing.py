@@ -15,7 +15,8 @@ import jax
 
 from one_jax import config as config_lib
 
-HOST_INPUT = 'host input'
+# The end of the label of a case that has its batches as in training.
+INPUT = ' input'
 CLOCKS = {'wall': time.perf_counter, 'processor': time.process_time}
 
 
@@ -75,7 +76,8 @@ class Case:
       label: of the line.
       advance: makes so many steps, waits for them, and gives the loss of the last.
       plain: the case whose time is 1 in the column 'ratio', if there is one.
-      ours: for a case of PyTorch or of host input, the same method's own first case.
+      ours: for a case of PyTorch, of other input, or of several seeds, the same method's own first
+        case.
       facts: what is known without timing; of a case that cannot run, 'failed' with the reason.
       milliseconds: a step, of each round.
     """
@@ -139,7 +141,10 @@ def measured_row(case: Case, setting: Setting, chip: Chip | None) -> dict[str, A
     }
     if case.ours:
         slower = paired_ratio(case, case.ours)
-        if case.label.endswith(HOST_INPUT):
+        if 'num_seeds' in case.facts:
+            row['images_per_second'] *= case.facts['num_seeds']
+            return {**row, 'to_runs_apart': slower / case.facts['num_seeds']}
+        if case.label.endswith(INPUT):
             return {**row, 'input_percent': 100 * (slower - 1)}
         return {**row, 'ours_over_torch': 1 / slower}
     if case.plain:
@@ -178,6 +183,7 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
         'of peak %': text('share_of_peak', '.1f', 100),
         'input ms': text('input_milliseconds', '.2f'),
         'input %': text('input_percent', '+.1f'),
+        'to runs apart': text('to_runs_apart', '.2f'),
         'ours / torch': text('ours_over_torch', '.2f'),
     }
     return cells

@@ -2,12 +2,15 @@
 
     python -m benchmarks.train_step [--networks=resnet32,resnet110,resnet18]
         [--methods=plain,branches,one,dml,okddip,mde] [--dtypes=float32,bfloat16]
-        [--batch_sizes=128] [--steps=200] [--rounds=10] [--steps_per_call=1] [--input=host]
-        [--torch] [--clock=processor] [--peak_tflops=T] [--bandwidth=GB/S] [--output=FILE.json]
+        [--batch_sizes=128] [--steps=200] [--rounds=10] [--steps_per_call=1] [--input=host,device]
+        [--seeds=5] [--torch] [--clock=processor] [--peak_tflops=T] [--bandwidth=GB/S]
+        [--output=FILE.json]
 
 One table for each network, precision and batch size; one device. It is the project's own train
-step, on generated images of the network's data set, from batches that lie on the device; with
-`--input=host` a second row of each method has them gathered and sent each step as in training. The
+step, on generated images of the network's data set, from batches that lie on the device. With
+`--input` each method has a row more with its batches as in training: gathered on the 'host' and
+sent, or on the 'device' out of the whole data set. With `--seeds` it has one with so many seeds at
+once. The
 cases of a table are timed in turns, some steps each a round, so that ratios hold on a busy machine:
 a ratio is the median over the rounds of two times of the same round. Without an accelerator, on
 cores that others use, `--clock=processor` takes the processor time of all threads in place of the
@@ -24,7 +27,9 @@ others have their method's own number of members. Columns:
 - FLOPs floor: 3 times the forward pass (forward, gradients of inputs and of kernels) at the chip's
   peak. Bytes floor: the operands and results of all of the program's kernels, as the compiler
   counts them after fusion, at the memory's bandwidth; what stays in caches can beat it.
-- input ms: a step's batch gathered, sent and waited for, alone. Input %: what the row takes longer.
+- input ms: what a step is given, gathered, sent and waited for, alone. Input %: what the row takes
+  longer.
+- to runs apart: the time of a step of all seeds over that of as many steps of one.
 - reached: the larger floor over the time. Of peak: the FLOPs floor over the time.
 """
 
@@ -48,13 +53,14 @@ from jax.sharding import Mesh
 
 from benchmarks import timing
 from benchmarks.timing import Case, Setting
-from one_jax import command, device_memory, parallel, train, workdir
+from one_jax import command, device_memory, feed, parallel, seeds, workdir
 from one_jax import config as config_lib
 from one_jax.analysis.tables import markdown_table
-from one_jax.data import datasets, resident
+from one_jax.data import datasets
 from one_jax.data.table import DATASETS
 from one_jax.errors import UserError
 from one_jax.models import cost, resnet_imagenet
+from one_jax.readback import MAX_CALLS_IN_FLIGHT
 from one_jax.recipe import Recipe, make_recipe
 from one_jax.train_step import make_train_step
 
@@ -75,7 +81,9 @@ INPUT_REPEATS = 20
 # Of generated images; CIFAR's 50,000 fit.
 DATA_BYTES = 200e6
 
-Batch = dict[str, jax.Array]
+INPUTS = ('host', 'device')
+
+Batch = dict[str, Any]
 
 NETWORKS = flags.DEFINE_list(
     'networks', ['resnet32', 'resnet110', 'resnet18'], 'Of one_jax.models.'
@@ -86,7 +94,8 @@ BATCH_SIZES = flags.DEFINE_list('batch_sizes', ['128'], 'Images a step.')
 STEPS = flags.DEFINE_integer('steps', 200, 'Timed steps of each case.', 1)
 ROUNDS = flags.DEFINE_integer('rounds', 10, 'In which the cases take turns.', 1)
 STEPS_PER_CALL = flags.DEFINE_integer('steps_per_call', 1, 'Above 1 is for accelerators.', 1)
-INPUT = flags.DEFINE_enum('input', 'device', ['device', 'host'], 'Where the batches come from.')
+INPUT = flags.DEFINE_list('input', [], f'Rows with the input of training: {", ".join(INPUTS)}.')
+SEEDS = flags.DEFINE_integer('seeds', 0, 'A row of so many seeds at once; 0: none.', 0)
 CLOCK = flags.DEFINE_enum('clock', 'wall', list(timing.CLOCKS), 'Processor time is for CPUs alone.')
 TORCH = flags.DEFINE_boolean('torch', False, 'Time PyTorch, too.')
 TORCH_MODES = flags.DEFINE_list('torch_modes', ['eager', 'compile'], 'How PyTorch runs.')
@@ -127,9 +136,10 @@ class Training:
 
     Args:
       recipe: of the run.
-      mesh: of one device.
+      mesh: of one device; of several seeds a `parallel.seeds_mesh`.
       batches: the first ones, each with an axis of `steps_per_call` in front.
       steps_per_call: train steps in one compiled call.
+      num_seeds: that train at once.
 
     Attributes:
       compile_seconds: of the step.
@@ -142,10 +152,18 @@ class Training:
     """
 
     def __init__(
-        self, recipe: Recipe, mesh: Mesh, batches: Sequence[Batch], steps_per_call: int = 1
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        batches: Sequence[Batch],
+        steps_per_call: int = 1,
+        num_seeds: int = 1,
     ):
         self._steps_per_call = steps_per_call
-        arguments = device_memory.abstract_arguments(recipe, mesh, steps_per_call)
+        num_examples = len(batches[0]['examples']['label']) if 'examples' in batches[0] else 0
+        arguments = device_memory.abstract_arguments(
+            recipe, mesh, steps_per_call, num_seeds, num_examples
+        )
         started = time.perf_counter()
         self._call = make_train_step(recipe, mesh).lower(*arguments).compile()
         self.compile_seconds = time.perf_counter() - started
@@ -163,7 +181,13 @@ class Training:
             )
         device = mesh.devices.flat[0]
         others = _allocated(device, 'bytes_in_use')
-        self.state = parallel.replicate(jax.jit(lambda: recipe.random_state())(), mesh)
+        fresh = jax.jit(recipe.random_state)
+        states = [fresh(np.uint32(seed)) for seed in range(num_seeds)]
+        self.state = (
+            seeds.stack(states, mesh)
+            if parallel.has_seeds(mesh)
+            else parallel.replicate(states[0], mesh)
+        )
         highest_before = _allocated(device, 'peak_bytes_in_use')
         self.advance(steps_per_call, iter(batches))
         highest = _allocated(device, 'peak_bytes_in_use')
@@ -184,10 +208,10 @@ class Training:
         for _ in range(num_steps // self._steps_per_call):
             self.state, scalars = self._call(self.state, next(batches))
             in_flight.append(scalars['loss'])
-            if len(in_flight) > train.MAX_CALLS_IN_FLIGHT:
+            if len(in_flight) > MAX_CALLS_IN_FLIGHT:
                 in_flight.popleft().block_until_ready()
         jax.block_until_ready(self.state)
-        return in_flight[-1][-1]
+        return in_flight[-1][-1].mean()
 
 
 def _allocated(device: jax.Device, name: str) -> int:
@@ -195,18 +219,27 @@ def _allocated(device: jax.Device, name: str) -> int:
     return (device.memory_stats() or {}).get(name, 0)
 
 
-def sent_batches(
-    batches: resident.ResidentBatches, mesh: Mesh, steps_per_call: int
+def fed_batches(
+    data: datasets.Dataset,
+    setting: Setting,
+    mesh: Mesh,
+    place: str = 'host',
+    num_seeds: int = 1,
 ) -> Iterator[Batch]:
-    """Batches gathered in the host's memory and sent to the device, as training has them."""
-    stream = batches.iterate(0)
-    while True:
-        parts = list(itertools.islice(stream, steps_per_call))
-        if len(parts) == 1:
-            stacked = {name: values[None] for name, values in parts[0].items()}
-        else:
-            stacked = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-        yield parallel.shard_batch(stacked, mesh, parallel.STEPS_AND_BATCH)
+    """Batches as training has them.
+
+    Args:
+      data: the images.
+      setting: of the table.
+      mesh: of one device; of several seeds a `parallel.seeds_mesh`.
+      place: of `INPUTS`.
+      num_seeds: that train at once.
+    """
+    batches = [data.train_batches(setting.batch_size, seed) for seed in range(num_seeds)]
+    examples = data.splits['train'] if place == 'device' else None
+    feeds = feed.Feed(batches, mesh, setting.steps_per_call, 0, examples)
+    for step in itertools.count(0, setting.steps_per_call):
+        yield feeds(step, setting.steps_per_call)
 
 
 def input_milliseconds(batches: Iterator[Batch]) -> float:
@@ -219,8 +252,47 @@ def input_milliseconds(batches: Iterator[Batch]) -> float:
     return 1000 * statistics.median(seconds)
 
 
+def make_case(
+    label: str,
+    recipe: Recipe,
+    setting: Setting,
+    mesh: Mesh,
+    batches: Iterator[Batch],
+    ours: Case | None = None,
+    num_seeds: int = 1,
+) -> Case:
+    """One of the project's own cases, compiled and warm, or why it cannot be.
+
+    Args:
+      label: of the line.
+      recipe: of the run.
+      setting: of the table.
+      mesh: see `Training`.
+      batches: all that the case will take.
+      ours: see `Case`.
+      num_seeds: that train at once.
+    """
+    case = Case(label, ours=ours)
+    try:
+        first = list(itertools.islice(batches, BATCHES_ON_DEVICE))
+        training = Training(recipe, mesh, first, setting.steps_per_call, num_seeds)
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        case.facts['failed'] = 'out of memory'
+        return case
+    case.advance = functools.partial(training.advance, batches=batches)
+    for name in ('compile_seconds', 'bytes_accessed', 'compiled_bytes', 'allocated_bytes'):
+        case.facts[name] = getattr(training, name)
+    return case
+
+
 def make_cases(
-    methods: Sequence[str], setting: Setting, mesh: Mesh, host_input: bool = False
+    methods: Sequence[str],
+    setting: Setting,
+    mesh: Mesh,
+    inputs: Sequence[str] = (),
+    num_seeds: int = 0,
 ) -> list[Case]:
     """The project's own cases of a table, compiled and warm.
 
@@ -228,31 +300,34 @@ def make_cases(
       methods: names of `METHODS`.
       setting: of the table.
       mesh: of one device.
-      host_input: whether each method has a second case, with input from the host.
+      inputs: of `INPUTS`; for each, every method has one case more.
+      num_seeds: of one case more, unless it is 0.
     """
     data, on_device, cases = None, None, []
     for method in methods:
         recipe, data = load_recipe(method, setting, data)
-        source = data.train_batches(setting.batch_size, recipe.config.seed)
-        sent = sent_batches(source, mesh, setting.steps_per_call)
+        sent = fed_batches(data, setting, mesh)
         on_device = on_device or list(itertools.islice(sent, BATCHES_ON_DEVICE))
-        flops = cost.forward_cost(recipe.network, recipe.spec.image_shape)[1]
-        case = Case(method, facts={'forward_flops': flops})
+        case = make_case(method, recipe, setting, mesh, itertools.cycle(on_device))
+        case.facts['forward_flops'] = cost.forward_cost(recipe.network, recipe.spec.image_shape)[1]
         cases.append(case)
-        try:
-            training = Training(recipe, mesh, on_device, setting.steps_per_call)
-        except jax.errors.JaxRuntimeError as error:
-            if 'RESOURCE_EXHAUSTED' not in str(error):
-                raise
-            case.facts['failed'] = 'out of memory'
-            continue
-        case.advance = functools.partial(training.advance, batches=itertools.cycle(on_device))
-        for name in ('compile_seconds', 'bytes_accessed', 'compiled_bytes', 'allocated_bytes'):
-            case.facts[name] = getattr(training, name)
-        if host_input:
-            advance = functools.partial(training.advance, batches=sent)
-            facts = {'input_milliseconds': input_milliseconds(sent) / setting.steps_per_call}
-            cases.append(Case(f'{method}, {timing.HOST_INPUT}', advance, ours=case, facts=facts))
+        for place in inputs:
+            fed = fed_batches(data, setting, mesh, place)
+            label = f'{method}, {place}{timing.INPUT}'
+            other = make_case(label, recipe, setting, mesh, fed, case)
+            other.facts['input_milliseconds'] = input_milliseconds(fed) / setting.steps_per_call
+            cases.append(other)
+        if num_seeds:
+            grid = parallel.seeds_mesh(mesh, num_seeds)
+            of_seeds = itertools.cycle(
+                itertools.islice(
+                    fed_batches(data, setting, grid, num_seeds=num_seeds), BATCHES_ON_DEVICE
+                )
+            )
+            label = f'{method}, {num_seeds} seeds'
+            other = make_case(label, recipe, setting, grid, of_seeds, case, num_seeds)
+            other.facts['num_seeds'] = num_seeds
+            cases.append(other)
     plain = next((case for case in cases if case.label == 'plain'), None)
     for case in cases:
         if case.ours is None:
@@ -307,7 +382,7 @@ def measure(
       rounds: in which the cases are timed.
       steps: of a case, in all rounds together.
     """
-    cases = make_cases(METHOD_NAMES.value, setting, mesh, INPUT.value == 'host')
+    cases = make_cases(METHOD_NAMES.value, setting, mesh, INPUT.value, SEEDS.value)
     if TORCH.value:
         cases += make_torch_cases(cases, setting, TORCH_MODES.value)
     load = os.getloadavg()[0]
@@ -328,6 +403,9 @@ def _check_flags() -> None:
     for name in METHOD_NAMES.value:
         if name not in METHODS:
             raise UserError(f'--methods={name!r} is not one of {", ".join(METHODS)}')
+    for place in INPUT.value:
+        if place not in INPUTS:
+            raise UserError(f'--input={place!r} is not one of {", ".join(INPUTS)}')
     if STEPS.value % (ROUNDS.value * STEPS_PER_CALL.value):
         raise UserError(
             f'--steps={STEPS.value} is not allowed: a multiple of --rounds={ROUNDS.value} times '

@@ -50,14 +50,16 @@ def test_the_command_measures_and_its_flops_are_those_of_the_layers(tmp_path):
         '--batch_sizes=8',
         '--steps=4',
         '--rounds=2',
-        '--input=host',
+        '--input=host,device',
+        '--seeds=2',
         '--peak_tflops=0.5',
         '--bandwidth=10',
         f'--output={output}',
     )
     assert done.returncode == 0, done.stderr
     rows = {row['case']: row for row in json.loads(output.read_text())['rows']}
-    assert list(rows) == ['plain', 'plain, host input', 'one', 'one, host input']
+    others = ('', ', host input', ', device input', ', 2 seeds')
+    assert list(rows) == [method + other for method in ('plain', 'one') for other in others]
     plain, one = rows['plain'], rows['one']
     assert plain['forward_flops'] == 2 * (TRUNK + BRANCH)
     assert one['forward_flops'] == pytest.approx(2 * (TRUNK + 3 * BRANCH + GATE), rel=1e-4)
@@ -68,13 +70,17 @@ def test_the_command_measures_and_its_flops_are_those_of_the_layers(tmp_path):
     assert one['compiled_bytes'] > plain['compiled_bytes'] > 0
     for row in rows.values():
         assert len(row['rounds']) == 2
-        assert row['images_per_second'] == pytest.approx(8000 / row['milliseconds'])
+        images = 8 * row.get('num_seeds', 1)
+        assert row['images_per_second'] == pytest.approx(1000 * images / row['milliseconds'])
     pairs = zip(one['rounds'], plain['rounds'], strict=True)
     assert one['ratio'] == pytest.approx(np.median([ours / base for ours, base in pairs]))
     pairs = zip(rows['one, host input']['rounds'], one['rounds'], strict=True)
     overhead = 100 * (np.median([host / ours for host, ours in pairs]) - 1)
     assert rows['one, host input']['input_percent'] == pytest.approx(overhead)
     assert rows['one, host input']['input_milliseconds'] > 0
+    pairs = zip(rows['plain, 2 seeds']['rounds'], plain['rounds'], strict=True)
+    apart = np.median([both / one_seed for both, one_seed in pairs]) / 2
+    assert rows['plain, 2 seeds']['to_runs_apart'] == pytest.approx(apart)
     assert f'| one | {one["milliseconds"]:,.2f} |' in done.stdout
 
 
