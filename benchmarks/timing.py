@@ -15,8 +15,8 @@ import jax
 
 from one_jax import config as config_lib
 
-# The end of the label of a case that has its batches as in training.
-INPUT = ' input'
+# The end of the label of a case that has its batches as in training; and of one that evaluates.
+INPUT, EVALUATION = ' input', ', evaluation'
 CLOCKS = {'wall': time.perf_counter, 'processor': time.process_time}
 
 
@@ -144,6 +144,8 @@ def measured_row(case: Case, setting: Setting, chip: Chip | None) -> dict[str, A
         if 'num_seeds' in case.facts:
             row['images_per_second'] *= case.facts['num_seeds']
             return {**row, 'to_runs_apart': slower / case.facts['num_seeds']}
+        if case.label.endswith(EVALUATION):
+            return {**row, 'of_a_step': slower}
         if case.label.endswith(INPUT):
             return {**row, 'input_percent': 100 * (slower - 1)}
         return {**row, 'ours_over_torch': 1 / slower}
@@ -183,6 +185,7 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
         'of peak %': text('share_of_peak', '.1f', 100),
         'input ms': text('input_milliseconds', '.2f'),
         'input %': text('input_percent', '+.1f'),
+        'of a step': text('of_a_step', '.2f'),
         'to runs apart': text('to_runs_apart', '.2f'),
         'ours / torch': text('ours_over_torch', '.2f'),
     }

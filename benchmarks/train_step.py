@@ -3,14 +3,14 @@
     python -m benchmarks.train_step [--networks=resnet32,resnet110,resnet18]
         [--methods=plain,branches,one,dml,okddip,mde] [--dtypes=float32,bfloat16]
         [--batch_sizes=128] [--steps=200] [--rounds=10] [--steps_per_call=1] [--input=host,device]
-        [--seeds=5] [--torch] [--clock=processor] [--peak_tflops=T] [--bandwidth=GB/S]
-        [--output=FILE.json]
+        [--seeds=5] [--evaluation] [--torch] [--clock=processor] [--peak_tflops=T]
+        [--bandwidth=GB/S] [--output=FILE.json]
 
 One table for each network, precision and batch size; one device. It is the project's own train
 step, on generated images of the network's data set, from batches that lie on the device. With
 `--input` each method has a row more with its batches as in training: gathered on the 'host' and
 sent, or on the 'device' out of the whole data set. With `--seeds` it has one with so many seeds at
-once. The
+once, with `--evaluation` one of evaluating as many images in place of training on them. The
 cases of a table are timed in turns, some steps each a round, so that ratios hold on a busy machine:
 a ratio is the median over the rounds of two times of the same round. Without an accelerator, on
 cores that others use, `--clock=processor` takes the processor time of all threads in place of the
@@ -29,11 +29,13 @@ others have their method's own number of members. Columns:
   counts them after fusion, at the memory's bandwidth; what stays in caches can beat it.
 - input ms: what a step is given, gathered, sent and waited for, alone. Input %: what the row takes
   longer.
+- of a step: the time of an evaluation over that of training on as many images.
 - to runs apart: the time of a step of all seeds over that of as many steps of one.
 - reached: the larger floor over the time. Of peak: the FLOPs floor over the time.
 """
 
 import collections
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -53,7 +55,7 @@ from jax.sharding import Mesh
 
 from benchmarks import timing
 from benchmarks.timing import Case, Setting
-from one_jax import command, device_memory, feed, parallel, seeds, workdir
+from one_jax import command, device_memory, evaluate, feed, parallel, seeds, workdir
 from one_jax import config as config_lib
 from one_jax.analysis.tables import markdown_table
 from one_jax.data import datasets
@@ -95,6 +97,7 @@ STEPS = flags.DEFINE_integer('steps', 200, 'Timed steps of each case.', 1)
 ROUNDS = flags.DEFINE_integer('rounds', 10, 'In which the cases take turns.', 1)
 STEPS_PER_CALL = flags.DEFINE_integer('steps_per_call', 1, 'Above 1 is for accelerators.', 1)
 INPUT = flags.DEFINE_list('input', [], f'Rows with the input of training: {", ".join(INPUTS)}.')
+EVALUATION = flags.DEFINE_boolean('evaluation', False, 'A row of evaluating as many images.')
 SEEDS = flags.DEFINE_integer('seeds', 0, 'A row of so many seeds at once; 0: none.', 0)
 CLOCK = flags.DEFINE_enum('clock', 'wall', list(timing.CLOCKS), 'Processor time is for CPUs alone.')
 TORCH = flags.DEFINE_boolean('torch', False, 'Time PyTorch, too.')
@@ -122,7 +125,7 @@ def load_recipe(method: str, setting: Setting, data: datasets.Dataset | None = N
     needed = BATCHES_ON_DEVICE * setting.batch_size * setting.steps_per_call
     count = max(needed, int(DATA_BYTES / math.prod(spec.image_shape)))
     config.data.generated_examples = min(count, max(needed, spec.num_train))
-    config.data.batch_size = setting.batch_size
+    config.data.batch_size = config.data.eval_batch_size = setting.batch_size
     config.model.name, config.model.dtype = setting.network, setting.dtype
     config.method.name = METHODS[method]
     config_lib.validate(config)
@@ -287,12 +290,38 @@ def make_case(
     return case
 
 
+def evaluation_case(
+    case: Case, recipe: Recipe, data: datasets.Dataset, mesh: Mesh, steps: int
+) -> Case:
+    """The evaluation of as many images as `steps` steps train on; see `evaluate.Evaluator`.
+
+    Args:
+      case: of training.
+      recipe: of the run.
+      data: the images.
+      mesh: of one device.
+      steps: of one round.
+    """
+    images = data.splits['train'].take(slice(0, steps * recipe.config.data.batch_size))
+    data = dataclasses.replace(data, splits={'test': images})
+    evaluator = evaluate.Evaluator(recipe.config, recipe.method, recipe.network, data, mesh)
+    variables = parallel.replicate(jax.jit(recipe.random_state)().evaluated_variables, mesh)
+
+    def advance(steps: int) -> float:
+        del steps  # All images, always.
+        return evaluator(variables, 'test')['deployed_nll']
+
+    advance(steps)
+    return Case(case.label + timing.EVALUATION, advance, ours=case)
+
+
 def make_cases(
     methods: Sequence[str],
     setting: Setting,
     mesh: Mesh,
     inputs: Sequence[str] = (),
     num_seeds: int = 0,
+    evaluated_steps: int = 0,
 ) -> list[Case]:
     """The project's own cases of a table, compiled and warm.
 
@@ -302,6 +331,7 @@ def make_cases(
       mesh: of one device.
       inputs: of `INPUTS`; for each, every method has one case more.
       num_seeds: of one case more, unless it is 0.
+      evaluated_steps: steps of a round, for one case more, unless it is 0.
     """
     data, on_device, cases = None, None, []
     for method in methods:
@@ -317,6 +347,8 @@ def make_cases(
             other = make_case(label, recipe, setting, mesh, fed, case)
             other.facts['input_milliseconds'] = input_milliseconds(fed) / setting.steps_per_call
             cases.append(other)
+        if evaluated_steps:
+            cases.append(evaluation_case(case, recipe, data, mesh, evaluated_steps))
         if num_seeds:
             grid = parallel.seeds_mesh(mesh, num_seeds)
             of_seeds = itertools.cycle(
@@ -382,7 +414,8 @@ def measure(
       rounds: in which the cases are timed.
       steps: of a case, in all rounds together.
     """
-    cases = make_cases(METHOD_NAMES.value, setting, mesh, INPUT.value, SEEDS.value)
+    evaluated_steps = steps // rounds if EVALUATION.value else 0
+    cases = make_cases(METHOD_NAMES.value, setting, mesh, INPUT.value, SEEDS.value, evaluated_steps)
     if TORCH.value:
         cases += make_torch_cases(cases, setting, TORCH_MODES.value)
     load = os.getloadavg()[0]

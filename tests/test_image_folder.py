@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from test_data import data_config
 
+from one_jax import config as config_lib
 from one_jax import data
 from one_jax.data import image_folder, memory
 from one_jax.errors import ConfigError, UserError
@@ -284,3 +285,30 @@ def test_generated_images_need_no_folder():
     assert (spec.image_shape, spec.num_classes) == ((32, 32, 3), 10)
     config = data_config(name='image_folder', generated_examples=16, image_size=48)
     assert data.load(config).splits['train'].images.shape == (16, 48, 48, 3)
+
+
+def test_a_stream_cannot_wait_in_device_memory(tmp_path):
+    write_tree(tmp_path, {'train/cat': 4, 'train/dog': 4})
+    config = config_lib.default_config()
+    config.update_from_flattened_dict(
+        {
+            'data.name': 'image_folder',
+            'data.root': str(tmp_path),
+            'data.stream': True,
+            'data.batch_size': 4,
+            'data.placement': 'host',
+        }
+    )
+    assert config_lib.validate(config).streamed
+    config.data.placement = 'device'
+    with pytest.raises(ConfigError, match=r"data.placement='device' is not allowed: 'auto' or"):
+        config_lib.validate(config)
+
+
+def test_a_folder_is_read_by_decoders_that_only_decode(tmp_path):
+    """A PostScript file is a program, whatever its name says."""
+    write_tree(tmp_path, {'train/cat': 2, 'train/dog': 2})
+    eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n'
+    (tmp_path / 'train/cat/9.png').write_bytes(eps)
+    with pytest.raises(UserError, match=r'9\.png.*cannot identify image file'):
+        data.load(folder_config(tmp_path, image_size=8))
