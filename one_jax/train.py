@@ -292,7 +292,9 @@ def _train(
     """Trains from `state`, after `step`, to the last step; leaves checkpoints and records."""
     recipe = runs[0].recipe
     steps_per_epoch, settings = recipe.steps_per_epoch, recipe.config.train
-    teacher_variables = parallel.replicate([t.variables for t in recipe.teachers], mesh)
+    teacher_variables = parallel.replicate(
+        [teacher.variables for teacher in recipe.teachers], train_mesh
+    )
     unstacked = seeds.Unstacker(mesh, len(runs))
     started = time.monotonic() - runs[0].progress['seconds']
     stopping = False
@@ -316,7 +318,8 @@ def _train(
         for run in runs:
             stack.enter_context(run.open_records())
         bar = stack.enter_context(contextlib.closing(_progress_bar(recipe, step, len(runs))))
-        profiler = profiling.Profiler(runs[0].directory, recipe.config.profile_steps)
+        traced_steps = recipe.config.profile_steps if processes.is_first() else 0
+        profiler = profiling.Profiler(runs[0].directory, traced_steps)
         records = _Records(runs, bar)
         readback = Readback(records.take, records.write)
         while step < recipe.total_steps and not stopping:
