@@ -65,7 +65,7 @@ class Setting:
             recipe.teachers, 'load', lambda method, *_: (teacher,) * len(method.teachers)
         )
         self.recipe = recipe.make_recipe(config_lib.resolve(config), spec, steps_per_epoch=4)
-        self.num_steps = config.train.steps_per_call
+        self.num_steps = config.train.steps_per_call or 1
         self.arguments = device_memory.abstract_arguments(self.recipe, MESH, self.num_steps)
 
     def trace_train_step(self):
@@ -81,6 +81,7 @@ class Setting:
         batch = {
             name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
             for name, x in batch.items()
+            if name != 'count'
         }
         steps = [evaluator._step]
         if made.method.needs_validation:
@@ -176,9 +177,28 @@ def test_loops_and_what_crosses_devices(monkeypatch):
     looped = Setting(
         monkeypatch, 'one', **fields, **{'train.skip_nonfinite_steps': 1}
     ).assert_trains('cuda', 'tpu')
-    assert len(convolutions(looped)) == 2 * len(convolutions(once))
+    # Two bodies, that of the first part and that of the others; equal convolutions may share a
+    # function of the text, or not.
+    assert 1.9 < len(convolutions(looped)) / len(convolutions(once)) < 2.1
     assert looped.count('stablehlo.while') >= once.count('stablehlo.while') + 2
     assert 'stablehlo.all_gather' in once
+
+
+def test_seeds_at_once_and_images_on_the_device(monkeypatch):
+    """What a GPU or TPU gets by default, with four seeds on four pairs of devices."""
+    setting = Setting(monkeypatch, 'one', **{'train.steps_per_call': 10})
+    mesh = AbstractMesh((4, 2), ('seed', 'data'), axis_types=(AxisType.Auto,) * 2)
+    arguments = device_memory.abstract_arguments(setting.recipe, mesh, 10, 4, 640)
+    traced = train_step.make_train_step(setting.recipe, mesh).trace(*arguments)
+    state, scalars = traced.out_info
+    for before, after in zip(*map(jax.tree.leaves, (arguments[0], state)), strict=True):
+        assert (after.shape, after.dtype) == (before.shape, before.dtype)
+    assert scalars['loss'].shape == (10, 4)
+    for platform in ('tpu', 'cuda'):
+        text = lowered_text(traced, platform)
+        assert 'tensor<640x32x32x3xui8>' in text
+        # Each pair averages over itself alone.
+        assert '[[0, 1], [2, 3], [4, 5], [6, 7]]' in text
 
 
 @pytest.mark.parametrize(
