@@ -1,4 +1,4 @@
-# make demo: ONE beside the plain network on real digits, in about three minutes.
+# make demo: ONE beside the plain network on real digits, in about two minutes.
 # make test: the whole test suite.   make lint   make venv   make constraints
 # make methods: every method on real digits, three seeds: docs/methods.md (an hour or two).
 
