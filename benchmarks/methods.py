@@ -254,7 +254,8 @@ rank the methods.
 
 deployed: what the method takes away (a branch, the leader, or the ensemble). params (thousands),
 MFLOPs (one image, 2 per multiply-add): of the training graph / of what is deployed. seconds: of the
-fastest seed's training, on cores shared with other work: a rough guide.
+fastest seed's training, on cores shared with other work and in part before the step became
+faster: no guide to what a method costs, which benchmarks/README.md has.
 
 {table(METHODS, ensemble=True)}
 
