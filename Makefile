@@ -12,7 +12,7 @@ PYTHON312 := $(firstword $(foreach python,python3.12 $(wildcard $(PYENV_ROOT)/ve
 INSTALL := install --quiet --disable-pip-version-check --constraint constraints.txt
 SETTINGS := pyproject.toml setup.cfg constraints.txt
 DEMO := runs/demo
-# Large pages, where glibc has them: a third of a train step on CPU was the system clearing small ones.
+# Large pages, where glibc has them: the system spends much of a train step on CPU clearing small ones.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
 .PHONY: demo demo-seeds methods test torch test-latest lint venv constraints

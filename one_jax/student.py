@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import linen as nn
 from ml_collections import config_dict
 
@@ -134,7 +133,8 @@ def load_student(directory: str | Path, dtype: Any = jnp.float32) -> Student:
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         reason = str(error).partition('\n')[0]
         raise UserError(f'{str(directory / CONFIG)!r} describes no student: {reason}') from None
-    state_dict = quantisation.decode(_read_weights(directory / WEIGHTS))
+    weights = directory / WEIGHTS
+    state_dict = quantisation.decode(torch_interop.read_safetensors(weights, repr(str(weights))))
     try:
         check_values(state_dict)
     except UserError as error:
@@ -146,22 +146,6 @@ def load_student(directory: str | Path, dtype: Any = jnp.float32) -> Student:
             f'{str(directory / CONFIG)!r} describes no student: it has no {", ".join(missing)}'
         )
     return dataclasses.replace(student, variables=jax.tree.map(jnp.asarray, variables))
-
-
-def _read_weights(path: Path) -> dict[str, np.ndarray]:
-    # `safetensors.numpy.load_file` knows no bfloat16.
-    try:
-        with safetensors.safe_open(path, framework='numpy') as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    # The last two tell of a type of numbers that NumPy has not.
-    except (
-        safetensors.SafetensorError,
-        OSError,
-        TypeError,
-        AttributeError,
-        KeyError,
-    ) as error:
-        raise UserError(f'{str(path)!r} is damaged: {error}') from None
 
 
 def to_state_dict(variables: Mapping[str, Any], num_branches: int) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
+import safetensors
 
 from one_jax.errors import UserError
 from one_jax.models import multibranch
@@ -228,23 +228,38 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     if not os.path.isfile(path):
         raise UserError(f'{where}: there is no such file')
     if path.name.endswith(_SAFETENSORS):
-        try:
-            content = safetensors.numpy.load_file(path)
-        # The last two tell of a type of numbers that NumPy has not.
-        except (
-            safetensors.SafetensorError,
-            OSError,
-            TypeError,
-            AttributeError,
-            KeyError,
-        ) as error:
-            raise UserError(f'{where} is damaged: {error}') from None
+        content = read_safetensors(path, where)
     elif path.name.endswith(_PICKLED):
         content = _read_pickled(path, where)
     else:
         endings = ', '.join((_SAFETENSORS, *_PICKLED))
         raise UserError(f'{where} is not allowed: a file that ends in one of {endings}')
     return {name: _to_numpy(array) for name, array in _unwrap(content, where).items()}
+
+
+def read_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:
+    """All tensors of a .safetensors file by name, in the types they have there.
+
+    Args:
+      path: of the file.
+      where: what an error calls it.
+
+    Raises:
+      UserError: it is damaged, or has numbers of a type that NumPy has not.
+    """
+    # `safetensors.numpy.load_file` knows no bfloat16.
+    try:
+        with safetensors.safe_open(path, framework='numpy') as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    # The last three tell of such a type.
+    except (
+        safetensors.SafetensorError,
+        OSError,
+        TypeError,
+        AttributeError,
+        KeyError,
+    ) as error:
+        raise UserError(f'{where} is damaged: {error}') from None
 
 
 def _read_pickled(path: Path, where: str) -> Any:

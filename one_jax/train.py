@@ -78,6 +78,8 @@ def train_seeds(config: Any, directory: str | Path) -> list[dict[str, Any]]:
             f'seeds={config.seeds}'
         )
     directories = {seed: directory / seeds.folder(seed) for seed in config.seeds}
+    for seed, path in directories.items():
+        workdir.check(path, config_lib.resolve(seeds.config_of(config, seed)))
     results = {
         seed: workdir.read_json(path / workdir.RESULT)
         for seed, path in directories.items()

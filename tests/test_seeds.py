@@ -128,7 +128,7 @@ def test_killed_between_two_saves_they_go_on_together(tmp_path, trained, capsys)
 
 
 def test_what_is_finished_is_left_alone(tmp_path, trained):
-    """A seed more: the others are not touched, and the one is a run of its own."""
+    """Asked for again, in another order: nothing is written; nor is it taken for another config."""
     directory, results = trained
     shutil.copytree(directory, tmp_path / 'more')
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'more').rglob('*.json*')}
@@ -136,9 +136,20 @@ def test_what_is_finished_is_left_alone(tmp_path, trained):
     assert [result['deployed_nll'] for result in again] == [
         results[index]['deployed_nll'] for index in (1, 0, 2)
     ]
+    other = make_config(seeds=(3, 0), **{'optimizer.momentum': 0.8})
+    with pytest.raises(UserError, match=r'momentum: 0.9 in the workdir, 0.8 now'):
+        train.train_seeds(other, tmp_path / 'more')
     assert before == {
         path: path.stat().st_mtime_ns for path in (tmp_path / 'more').rglob('*.json*')
     }
+
+
+def test_a_seed_more_is_trained_beside_finished_ones(tmp_path, trained, alone):
+    shutil.copytree(trained[0], tmp_path / 'more')
+    shutil.rmtree(tmp_path / 'more/seed-3')
+    results = train.train_seeds(make_config(seeds=(0, 3)), tmp_path / 'more')
+    assert [result['seeds_at_once'] for result in results] == [3, 1]
+    assert_same_run(tmp_path / 'more/seed-3', alone[0])
 
 
 def test_seeds_far_apart_are_refused(tmp_path, trained):
