@@ -2,15 +2,14 @@
 
     python -m benchmarks.faults [--kills=30] [--seed=0]
 
-The recipe is tiny (ResNet-8, 8x8 generated images, a few minutes for 30 kills on two cores); the
-command is the real one, in a process of its own. A run is killed, started again with the same
-command, killed again, ..., and then left to end. It must leave the parameters, statistics and
-optimiser state, bit for bit, and the metrics.jsonl, byte for byte, of a run that nobody disturbed.
+A tiny run (ResNet-8 on generated 8x8 images) is killed, restarted by the same command, killed
+again, and at last left to end. Compared with an undisturbed run, the arrays of its last checkpoint
+must be equal bit for bit, and its metrics.jsonl byte for byte. Otherwise, or if a process ends in
+an error, the benchmark exits with status 1.
 
-Signal and moment are drawn: the phase in which to strike, how often to let it pass before, and how
-long to wait once it has begun. In which phase the process was is read from its output and files:
-after a SIGKILL, when they no longer change, otherwise just before the signal. It exits with 1 if
-any run differs, or ends in an error.
+Each strike draws a signal, the phase to strike in, how often to let that phase pass before, and a
+delay. The output and the files of the process show its phase: after a SIGKILL as they stay, before
+a SIGTERM as they are.
 """
 
 import collections
@@ -23,14 +22,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 
-from one_jax import checkpoint, command, metrics, workdir
-from one_jax.analysis.tables import markdown_table
-from one_jax.named_arrays import named_leaves
+from one_jax.reporting.tables import markdown_table
+from one_jax.runtime import cli, records
+from one_jax.training import checkpoint, workdir
 
-KILLS = flags.DEFINE_integer('kills', 30, 'How many signals must have ended a process.', 1)
+KILLS = flags.DEFINE_integer('kills', 30, 'Signals that must end a process.', 1)
 SEED = flags.DEFINE_integer('seed', 0, 'Of the signals and moments.')
 
 STEPS, STEPS_PER_EPOCH = 160, 8
@@ -47,18 +47,18 @@ RECIPE = (
 )
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 PHASES = ('start-up', 'steps', 'save', 'evaluation', 'end')
-# Seconds: the longest delay of a strike in each phase.
-LONGEST_DELAY = {'start-up': 6.0, 'steps': 0.05, 'save': 0.05, 'evaluation': 0.01, 'end': 1.0}
-# A run is left alone after so many kills.
+# The longest delay of a strike in each phase, in seconds.
+LONGEST_DELAY = {'start-up': 4.0, 'steps': 0.05, 'save': 0.05, 'evaluation': 0.01, 'end': 1.0}
+# After as many kills a run is left alone.
 MOST_KILLS_A_RUN = 8
 
 
 class Run:
-    """One workdir, and the processes that train in it one after the other.
+    """A workdir and the processes that train in it one after the other.
 
     Args:
-      folder: of this run: the workdir, and the output of its newest process.
-      cache: of compiled programs.
+      folder: for the workdir and the output of the newest process.
+      cache: for compiled programs.
     """
 
     def __init__(self, folder: Path, cache: Path):
@@ -71,7 +71,7 @@ class Run:
         )
 
     def start(self) -> subprocess.Popen:
-        """Starts the command, or goes on with it."""
+        """Starts or resumes the run."""
         environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONUNBUFFERED': '1'}
         with self._log.open('w') as log:
             return subprocess.Popen(
@@ -79,53 +79,52 @@ class Run:
             )
 
     def output(self) -> str:
-        """What the newest process has printed."""
+        """Returns what the newest process has printed."""
         return self._log.read_text(errors='replace')
 
     def phase(self) -> str:
-        """What the newest process is doing, or was doing when it ended."""
+        """Returns the phase of the newest process, or in which it ended."""
         if not any(line.startswith(('step ', 'epoch ')) for line in self.output().splitlines()):
             return 'start-up'
         checkpoints = self.workdir / workdir.CHECKPOINTS
         if checkpoints.is_dir() and any(not name.isdigit() for name in os.listdir(checkpoints)):
             return 'save'
-        records = metrics.read_records(self.workdir)
-        step, split = (records[-1]['step'], records[-1]['split']) if records else (0, 'train')
+        found = records.read_records(self.workdir)
+        step, split = (found[-1]['step'], found[-1]['split']) if found else (0, 'train')
         if split == 'train' and step and step % STEPS_PER_EPOCH == 0:
             return 'evaluation'
         return 'end' if step == STEPS else 'steps'
 
     def differences(self, other: 'Run') -> list[str]:
-        """The arrays of the newest checkpoint, and the records, that are not those of `other`."""
-        found = []
-        own, others = self._final(), other._final()
-        for name in sorted(own.keys() | others.keys()):
-            pair = own.get(name), others.get(name)
-            same = all(array is not None for array in pair) and pair[0].dtype == pair[1].dtype
-            if not same or not np.array_equal(*pair):
-                found.append(name)
-        records = [(run.workdir / metrics.FILE_NAME).read_bytes() for run in (self, other)]
-        return found + ([metrics.FILE_NAME] if records[0] != records[1] else [])
+        """Names the arrays of the newest checkpoint, and the files, that differ from `other`'s."""
+        own, others = self._final_arrays(), other._final_arrays()
+        found = [
+            name
+            for name in sorted(own.keys() | others.keys())
+            if name not in own
+            or name not in others
+            or own[name].dtype != others[name].dtype
+            or not np.array_equal(own[name], others[name])
+        ]
+        contents = [(run.workdir / records.FILE_NAME).read_bytes() for run in (self, other)]
+        return found + ([records.FILE_NAME] if contents[0] != contents[1] else [])
 
-    def _final(self) -> dict[str, np.ndarray]:
-        with checkpoint.Checkpoints(
-            self.workdir / workdir.CHECKPOINTS, read_only=True
-        ) as checkpoints:
-            return {'step': np.asarray(checkpoints.latest_step()), **self._arrays(checkpoints)}
-
-    def _arrays(self, checkpoints: checkpoint.Checkpoints) -> dict[str, np.ndarray]:
-        leaves = named_leaves(checkpoints.read().state)
-        return {f'state/{name}': np.asarray(leaf) for name, leaf in leaves.items()}
+    def _final_arrays(self) -> dict[str, np.ndarray]:
+        directory = self.workdir / workdir.CHECKPOINTS
+        with checkpoint.Checkpoints(directory, read_only=True) as checkpoints:
+            state, _, step = checkpoints.read()
+        leaves = jax.tree_util.tree_leaves_with_path({**state, 'step of the checkpoint': step})
+        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def strike(run: Run, generator: random.Random) -> tuple[str, str] | None:
     """Starts a process and sends it a signal at a random moment.
 
     Returns:
-      The name of the signal and the phase it came in; None if the process was at its end before.
+      The name of the signal and the phase in which it came; None if the process ended before.
 
     Raises:
-      AssertionError: the process ended in an error of its own.
+      AssertionError: the process ended in an error.
     """
     number, wanted = generator.choice(SIGNALS), generator.choice(PHASES)
     passes, delay = generator.randrange(4), generator.uniform(0, LONGEST_DELAY[wanted])
@@ -152,10 +151,10 @@ def strike(run: Run, generator: random.Random) -> tuple[str, str] | None:
 
 
 def campaign(kills: int, seed: int, folder: Path) -> tuple[collections.Counter, int, list[str]]:
-    """Kills until `kills` have landed, and lets every run come to its end.
+    """Strikes until `kills` have landed, and lets every run end.
 
     Returns:
-      How many kills there were by signal and phase; the number of runs; what differed, in words.
+      The number of kills by signal and phase, the number of runs, and the differences.
     """
     generator = random.Random(seed)
     reference = Run(folder / 'reference', folder / 'cache')
@@ -181,7 +180,7 @@ def campaign(kills: int, seed: int, folder: Path) -> tuple[collections.Counter, 
 
 def _finish(run: Run) -> None:
     if run.start().wait():
-        raise AssertionError(f'the run did not come to its end:\n{run.output()}')
+        raise AssertionError(f'the run did not end:\n{run.output()}')
 
 
 def main() -> None:
@@ -202,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    command.run(main)
+    cli.run(main)

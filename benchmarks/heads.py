@@ -1,22 +1,22 @@
-"""The heads of a branched network in four forms: forward and backward, the same in every form.
+"""The heads of a branched network in several forms: forward and backward, the same in every form.
 
 python -m benchmarks.heads [--network=resnet32] [--batch_size=128] [--branches=3] [--rounds=15]
-    [--forms=dense,gemm]
+    [--forms=dense,fused]
 
-The heads begin where ONE's do. Vmapped forms have stacked parameters and `model.branch_conv` says
-what a convolution becomes under `vmap`; unrolled heads have parameters of their own and are called
-one after the other. All forms run in one process, in turn; a round times each form once. Printed
-are medians, the median over the rounds of the ratio to unrolled, and seconds to compile.
-
-Predicted, for ResNet-32 on CPU, before the first run: dense 1.02 times unrolled (the same
-convolutions, and slices of the kernels, 1.5 MB a branch); grouped 4; gemm 1.5 (patches are nine
-times the maps, 19 MB a convolution, written and read three times).
+The heads begin where ONE's do. Vmapped forms have stacked parameters, and `model.branch_conv`
+selects what `vmap` makes of a convolution; 'fused' is 'dense' without the barrier against fusion in
+`one_jax/models/convolution.py`. Unrolled heads have their own parameters and are called one after
+the other. All forms run in one process, in turn; a round times each form once. The table shows
+medians, the median over the rounds of the ratio to unrolled, and seconds to compile.
 """
 
+import contextlib
 import operator
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -25,28 +25,40 @@ from absl import app, flags
 
 from one_jax import config as config_lib
 from one_jax import models
+from one_jax.models import convolution
 
 CLASSES, IMAGE_SIZE = 100, 32
 UNROLLED = 'unrolled'
-FORMS = (UNROLLED, 'dense', 'grouped', 'gemm')
+FORMS = (UNROLLED, 'dense', 'fused', 'grouped')
 WARM_UP = 2
 
 NETWORK = flags.DEFINE_string('network', 'resnet32', 'A network for 32x32 images.')
 BATCH_SIZE = flags.DEFINE_integer('batch_size', 128, 'Images in a batch.', 1)
 BRANCHES = flags.DEFINE_integer('branches', 3, 'K, the number of heads.', 1)
-ROUNDS = flags.DEFINE_integer('rounds', 15, 'How often each form is timed.', 1)
-TIMED = flags.DEFINE_list('forms', list(FORMS), f'Which to time, besides {UNROLLED}.')
+ROUNDS = flags.DEFINE_integer('rounds', 15, 'Timings of each form.', 1)
+TIMED = flags.DEFINE_list('forms', list(FORMS), f'Forms to time, besides {UNROLLED}.')
 DTYPE = flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'Of the computation.')
 
 
+@contextlib.contextmanager
+def fusion_barrier(form: str) -> Iterator[None]:
+    """Removes the barrier from what is traced for the form 'fused'."""
+    barrier = convolution._computed_once
+    if form == 'fused':
+        barrier = types.SimpleNamespace(bind=lambda x: x)
+    convolution._dense_convolution.cache_clear()
+    with mock.patch.object(convolution, '_computed_once', barrier):
+        yield
+
+
 def heads_gradient(form: str, share_stages: int) -> tuple[Callable[..., Any], Any, jax.Array]:
-    """The gradient of a loss of all heads in one form, jitted, and its arguments.
+    """Returns the jitted gradient of a loss of all heads in one form, and its arguments.
 
     Returns:
       The function of (parameters, maps), the parameters (stacked, or a list for unrolled heads)
-      and the trunk's maps [B, H, W, D]. All forms are given the same numbers.
+      and the trunk's maps [B, H, W, D]. All forms get the same numbers.
     """
-    conv = 'dense' if form == UNROLLED else form
+    conv = 'grouped' if form == 'grouped' else 'dense'
     make_backbone = models.make_backbone(NETWORK.value, CLASSES, DTYPE.value, branch_conv=conv)
     trunk, head = make_backbone(end=share_stages), make_backbone(begin=share_stages)
     images = jnp.ones((BATCH_SIZE.value, IMAGE_SIZE, IMAGE_SIZE, 3))
@@ -57,7 +69,7 @@ def heads_gradient(form: str, share_stages: int) -> tuple[Callable[..., Any], An
 
     def head_loss(variables: Any, maps: jax.Array) -> jax.Array:
         outputs, updated = head.apply(variables, maps, train=True, mutable=['batch_stats'])
-        # The running statistics are part of a train step, and so must not be left out.
+        # A train step computes the running statistics too.
         statistics = sum(x.sum() for x in jax.tree.leaves(updated))
         return (jax.nn.log_softmax(outputs.logits) ** 2).mean() + statistics
 
@@ -81,9 +93,10 @@ def main(_: list[str]) -> None:
     runs, compile_seconds, losses = {}, {}, {}
     forms = [UNROLLED, *(form for form in FORMS[1:] if form in TIMED.value)]
     for form in forms:
-        function, *arguments = heads_gradient(form, share_stages)
-        started = time.perf_counter()
-        compiled = function.lower(*arguments).compile()
+        with fusion_barrier(form):
+            function, *arguments = heads_gradient(form, share_stages)
+            started = time.perf_counter()
+            compiled = function.lower(*arguments).compile()
         compile_seconds[form] = time.perf_counter() - started
         runs[form] = (compiled, arguments)
         losses[form] = float(compiled(*arguments)[0])

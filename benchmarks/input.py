@@ -2,13 +2,10 @@
 
 python -m benchmarks.input [--images=2000]
 
-Streamed: generated JPEGs of 400x350 pixels in TFRecord files, read from the system's cache and
-turned into training batches of 128x224x224x3. Resident: batches of 128x32x32x3 gathered in numpy,
-then padded, cropped, mirrored and normalised by one compiled program. Both rates are over
-processor time, of all threads, so that other work on the machine does not count.
-
-Predicted, before the first run: 1,700 images/s/core streamed (1,760 were measured on a prototype
-without antialiasing and without the choice of a decoder), 190,000 resident (192,000 were measured).
+Streamed: generated JPEGs of 400x350 pixels in TFRecord files, read from the page cache and turned
+into training batches of 128x224x224x3. Resident: batches of 128x32x32x3 gathered in numpy, then
+padded, cropped, mirrored and normalised by one compiled program. Both rates are per second of
+processor time over all threads, so other work on the machine does not count.
 """
 
 import io
@@ -26,10 +23,11 @@ from absl import app, flags
 from PIL import Image
 
 from one_jax.data import augment, jpeg, resident, streaming
+from one_jax.data.tfrecord import TFRecords
 
 BATCH_SIZE, IMAGE_SIZE = 128, 224
 HEIGHT, WIDTH = 350, 400
-# As many different pictures; more images are copies.
+# Distinct pictures; further images are copies.
 PICTURES = 64
 RESIDENT_REPEATS = 20
 PADDING = 4
@@ -38,7 +36,7 @@ IMAGES = flags.DEFINE_integer('images', 2000, 'How many JPEGs to write and to st
 
 
 def generated_jpegs() -> list[bytes]:
-    """JPEGs with the structure of photographs: large shapes, fine grain; about 55 kB each."""
+    """Returns JPEGs with the structure of photographs (large shapes, fine grain), 55 kB each."""
     generator = np.random.default_rng(0)
     encoded = []
     for _ in range(PICTURES):
@@ -85,17 +83,18 @@ def write_records(directory: str, count: int) -> tfds.core.DatasetBuilder:
 
 
 def rate(work: Callable[[], int]) -> float:
-    """Images per second of processor time, of a function that returns how many it handled."""
+    """Returns images per second of processor time; `work` returns how many images it handled."""
     started = time.process_time()
     images = work()
     return images / (time.process_time() - started)
 
 
 def streamed_rate(count: int) -> float:
-    """Of whole batches that leave the streamed pipeline, the first few left out."""
+    """Returns the rate of the streamed pipeline after its first batch."""
     with tempfile.TemporaryDirectory() as directory:
         builder = write_records(directory, count)
-        batches = streaming.StreamedBatches(builder, 'train', BATCH_SIZE, 0, IMAGE_SIZE)
+        encoded = TFRecords(builder, 'train')
+        batches = streaming.StreamedBatches(encoded, BATCH_SIZE, 0, IMAGE_SIZE)
         iterator = batches.iterate(0)
         next(iterator)
         steps = count // BATCH_SIZE
@@ -103,7 +102,7 @@ def streamed_rate(count: int) -> float:
 
 
 def resident_rate() -> float:
-    """Of normalised batches that leave the compiled augmentation."""
+    """Returns the rate of gathered and augmented batches in memory."""
     generator = np.random.default_rng(0)
     examples = resident.Examples(
         generator.integers(0, 256, (10_000, 32, 32, 3), np.uint8), np.zeros(10_000, np.int32)

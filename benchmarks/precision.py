@@ -1,34 +1,36 @@
-"""bfloat16 beside float32 on real digits, over several seeds.
+"""Compares bfloat16 with float32 on real digits over several seeds.
 
     python -m benchmarks.precision [--seeds=0,1,2] [--options=few] [--steps=0] [--runs=DIR]
 
 ONE in ResNet-8 on 5,000 MNIST digits, `configs/mnist5k_resnet8.py`: all 4,000 training digits and
-12 epochs, or with `--options=few` 50 of each class and 300 steps. Test top-1 in %, 1,000 images:
-one is 0.1 %. Runs are kept in `--runs`; what is finished is not trained again.
+12 epochs, or with `--options=few` 50 of each class and 300 steps. Test top-1 in %; one of the 1,000
+images is 0.1 %. Finished runs in `--runs` are not trained again.
 """
 
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
 from configs import mnist5k_resnet8
-from one_jax import train, workdir
-from one_jax.analysis.tables import markdown_table
+from one_jax import train
+from one_jax.reporting.tables import markdown_table, mean_and_deviation
+from one_jax.runtime import environment
 
 SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of the runs.')
-OPTIONS = flags.DEFINE_string('options', '', 'Of the recipe, such as few.')
-STEPS = flags.DEFINE_integer('steps', 0, 'So many steps only; 0: those of the recipe.')
-RUNS = flags.DEFINE_string('runs', 'runs/precision', 'Where the runs are kept.')
+OPTIONS = flags.DEFINE_string('options', '', 'Options of the recipe, such as few or okddip.')
+STEPS = flags.DEFINE_integer('steps', 0, "The number of steps; 0: the recipe's.")
+RUNS = flags.DEFINE_string('runs', 'runs/precision', 'The folder of the runs.')
 
 DTYPES = ('float32', 'bfloat16')
-PREDICTORS = {'a branch': 'deployed_top1', 'teacher': 'teacher_top1', 'ensemble': 'ensemble_top1'}
+OUTPUTS = {'a branch': 'deployed_top1', 'teacher': 'teacher_top1', 'ensemble': 'ensemble_top1'}
 COLUMNS = ('top-1 %', *DTYPES, 'difference')
 
 
-def run(dtype: str, seed: int) -> dict[str, float]:
-    """The result of a run in one precision."""
+def run(dtype: str, seed: int) -> dict[str, Any]:
+    """Returns the result of a run in one precision."""
     config = mnist5k_resnet8.get_config(OPTIONS.value)
     config.update_from_flattened_dict(
         {'model.dtype': dtype, 'seed': seed, 'train.steps': STEPS.value or config.train.steps}
@@ -37,32 +39,23 @@ def run(dtype: str, seed: int) -> dict[str, float]:
     return train.train_and_evaluate(config, Path(RUNS.value) / '-'.join(names))
 
 
-def _mean_and_deviation(values: Sequence[float], sign: str = '') -> str:
-    mean = f'{statistics.mean(values):{sign}.2f}'
-    return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.2f}'
-
-
 def main(arguments: Sequence[str]) -> None:
-    """Runs what is not there yet, and prints the table."""
-    seeds = [int(seed) for seed in SEEDS.value]
-    results = {dtype: [run(dtype, seed) for seed in seeds] for dtype in DTYPES}
+    """Trains the runs that are missing and prints the table."""
+    results = {dtype: [run(dtype, int(seed)) for seed in SEEDS.value] for dtype in DTYPES}
     lines = []
-    for label, field in PREDICTORS.items():
-        whole, half = ([result[field] for result in results[dtype]] for dtype in DTYPES)
-        differences = [ours - theirs for theirs, ours in zip(whole, half, strict=True)]
-        cells = (
-            label,
-            _mean_and_deviation(whole),
-            _mean_and_deviation(half),
-            _mean_and_deviation(differences, '+'),
-        )
-        lines.append(dict(zip(COLUMNS, cells, strict=True)))
-    seconds = {
-        dtype: statistics.mean(result['seconds'] for result in results[dtype]) for dtype in DTYPES
-    }
-    print(f'{workdir.device_name()}, seeds {", ".join(map(str, seeds))}; mean ± sample deviation\n')
-    print(markdown_table(lines, COLUMNS))
-    print('\nseconds a run:', ', '.join(f'{name} {value:.0f}' for name, value in seconds.items()))
+    for label, field in OUTPUTS.items():
+        values = {dtype: [result[field] for result in results[dtype]] for dtype in DTYPES}
+        differences = [half - whole for whole, half in zip(*values.values(), strict=True)]
+        cells = {dtype: mean_and_deviation(values[dtype]) for dtype in DTYPES}
+        cells['difference'] = mean_and_deviation(differences, sign='+')
+        lines.append({'top-1 %': label, **cells})
+    print(
+        f'{environment.device_name()}, seeds {", ".join(SEEDS.value)}; '
+        f'mean ± sample deviation\n\n{markdown_table(lines, COLUMNS)}\n'
+    )
+    for dtype in DTYPES:
+        seconds = statistics.mean(result['seconds'] for result in results[dtype])
+        print(f'{dtype}: {seconds:.0f} seconds a run')
 
 
 if __name__ == '__main__':

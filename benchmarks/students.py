@@ -1,11 +1,11 @@
-"""What the forms of an exported student cost, and whether its files agree where one_jax is not.
+"""Measures the cost of each form of an exported student, and whether its files agree.
 
     python -m benchmarks.students --workdir=RUN [--branch=N|ensemble|teacher] [--noonnx]
 
 Exports a run's student in every form into a temporary folder: as it is, with folded batch
-normalisation, and with float16, bfloat16 and int8 weights. `one_jax.evaluate` evaluates each
-folder. Then a new process that never imports one_jax runs `student.stablehlo` and `student.onnx` on
-up to 1,000 test images; their logits are compared with each other and with `load_student`'s.
+normalisation, and with float16, bfloat16 and int8 weights; evaluates each folder; then runs
+`student.stablehlo` and `student.onnx` on up to 1,000 test images in a process that never imports
+one_jax, and compares their logits with each other and with `load_student`'s.
 """
 
 import subprocess
@@ -17,10 +17,14 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from one_jax import command, evaluate, export, self_check, workdir
-from one_jax import student as student_lib
-from one_jax.analysis.tables import markdown_table
 from one_jax.errors import UserError
+from one_jax.reporting.tables import markdown_table
+from one_jax.runtime import cli, environment
+from one_jax.students import self_check
+from one_jax.students.evaluation import evaluate_students
+from one_jax.students.student import MODEL, WEIGHTS, Student
+from one_jax.training import workdir
+from one_jax.training.export import Options, export_student
 
 ELSEWHERE = Path(__file__).with_name('without_one_jax.py')
 FORMS = {
@@ -33,8 +37,8 @@ FORMS = {
 }
 
 
-def load_images(directory: Path, student: student_lib.Student) -> np.ndarray:
-    """Up to 1,000 test images of a run, uint8 [N, H, W, 3]."""
+def load_images(directory: Path, student: Student) -> np.ndarray:
+    """Reads up to 1,000 test images of a run, uint8 [N, H, W, 3]."""
     shape = [*student.config['input_size'], 3]
     description = {'image_shape': shape, 'num_classes': student.config['num_classes']}
     data_config = workdir.read_config(directory).data
@@ -42,7 +46,7 @@ def load_images(directory: Path, student: student_lib.Student) -> np.ndarray:
 
 
 def logits_elsewhere(folder: Path, images: np.ndarray) -> Mapping[str, np.ndarray]:
-    """What the programs in a folder say in a process without one_jax, by the file's name."""
+    """Runs the programs in a folder in a process without one_jax; logits by the file's name."""
     with tempfile.TemporaryDirectory() as scratch:
         given, made = Path(scratch) / 'images.npy', Path(scratch) / 'logits.npz'
         np.save(given, images)
@@ -52,17 +56,17 @@ def logits_elsewhere(folder: Path, images: np.ndarray) -> Mapping[str, np.ndarra
 
 
 def compare(first: np.ndarray, second: np.ndarray) -> str:
-    """The largest difference of logits [N, C], and of how many images the class is the same."""
+    """Formats the largest difference of logits [N, C] and the images with the same class."""
     same = int((first.argmax(-1) == second.argmax(-1)).sum())
     return f'{np.abs(first - second).max():.2g}, {same:,} of {len(first):,}'
 
 
-def measure(folder: Path, student: student_lib.Student, images: np.ndarray) -> tuple[dict, dict]:
-    """The cells of a form in the table of what it costs, and in that of its files."""
-    record = evaluate.evaluate_students([folder])
-    check = student.config['checks']['formats'][student_lib.WEIGHTS]
+def measure(folder: Path, student: Student, images: np.ndarray) -> tuple[dict, dict]:
+    """Returns a form's cells in the table of costs and in the table of files."""
+    record = evaluate_students([folder])
+    check = student.config['checks']['formats'][WEIGHTS]
     cost = {
-        'bytes of the weights': f'{(folder / student_lib.WEIGHTS).stat().st_size:,}',
+        'bytes of the weights': f'{(folder / WEIGHTS).stat().st_size:,}',
         'top-1 %': record['deployed_top1'],
         'negative log-likelihood': f'{record["deployed_nll"]:.4f}',
         'largest difference of a logit': f'{check["largest_difference"]:.2g}',
@@ -70,7 +74,7 @@ def measure(folder: Path, student: student_lib.Student, images: np.ndarray) -> t
     }
     ours, theirs = self_check.run(student, images), logits_elsewhere(folder, images)
     files = {f'`{name}`': compare(logits, ours) for name, logits in theirs.items()}
-    if student_lib.MODEL in theirs:
+    if MODEL in theirs:
         files['between the two'] = compare(*theirs.values())
     return cost, files
 
@@ -84,13 +88,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for number, (form, fields) in enumerate(FORMS.items()):
             folder = Path(scratch) / str(number)
-            options = export.Options(onnx=given.onnx, **fields)
-            student = export.export_student(directory, folder, given.branch, options)
+            options = Options(onnx=given.onnx, **fields)
+            student = export_student(directory, folder, given.branch, options)
             images = load_images(directory, student)
-            for table, cells in zip((costs, files), measure(folder, student, images), strict=True):
-                table.append({'form': form, **cells})
+            cost, agreement = measure(folder, student, images)
+            costs.append({'form': form, **cost})
+            files.append({'form': form, **agreement})
     name, branch = student.config['network'], student.config['branch']
-    print(f'{name}, branch {branch}, {len(images):,} test images, {workdir.device_name()}\n')
+    print(f'{name}, branch {branch}, {len(images):,} test images, {environment.device_name()}\n')
     for table in (costs, files):
         print(markdown_table(table, list(table[0])), end='\n\n')
 
@@ -98,5 +103,5 @@ def main() -> None:
 if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'The directory of a run.')
     flags.DEFINE_string('branch', None, 'See one_jax.export.')
-    flags.DEFINE_boolean('onnx', True, 'Whether student.onnx takes part.')
-    command.run(main)
+    flags.DEFINE_boolean('onnx', True, 'Whether to include student.onnx.')
+    cli.run(main)

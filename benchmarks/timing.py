@@ -1,7 +1,4 @@
-"""Cases timed in turns, and what a table says of them: ratios, floors, shares of the floor.
-
-What `benchmarks.train_step` prints is described there. Another benchmark makes its own `Case`s.
-"""
+"""Times cases in turns and computes the numbers of their table: see `benchmarks.train_step`."""
 
 import dataclasses
 import math
@@ -15,14 +12,14 @@ import jax
 
 from one_jax import config as config_lib
 
-# The end of the label of a case that has its batches as in training; and of one that evaluates.
+# How the labels of cases with batches as in training, and of evaluations, end.
 INPUT, EVALUATION = ' input', ', evaluation'
 CLOCKS = {'wall': time.perf_counter, 'processor': time.process_time}
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a device can do at best.
+    """The best that a device can do.
 
     Attributes:
       tflops: by `model.dtype`. JAX multiplies float32 in TF32 by default where the chip has it.
@@ -35,7 +32,7 @@ class Chip:
 
 _HOPPER = {'bfloat16': 989.0, 'float32': 495.0}
 _AMPERE = {'bfloat16': 312.0, 'float32': 156.0}
-# By JAX's name of the device; from NVIDIA's data sheets, without sparsity.
+# By JAX's name of the device, from NVIDIA's data sheets, without sparsity.
 CHIPS = {
     'NVIDIA H100 80GB HBM3': Chip(_HOPPER, 3350.0),
     'NVIDIA H200': Chip(_HOPPER, 4800.0),
@@ -48,11 +45,11 @@ CHIPS = {
 
 
 def known_chip(device: jax.Device, peak_tflops: float, bandwidth: float) -> Chip | None:
-    """What the device can do, from the flags or from `CHIPS`; None if nobody says."""
+    """Returns the limits of the device, from the flags or `CHIPS`; None if they are unknown."""
     known = CHIPS.get(device.device_kind)
     if not (peak_tflops or bandwidth):
         return known
-    tflops = dict.fromkeys(config_lib.DTYPES, peak_tflops) if peak_tflops else {}
+    tflops = dict.fromkeys(config_lib.CHOICES['model.dtype'], peak_tflops) if peak_tflops else {}
     return Chip(
         tflops or (known.tflops if known else {}), bandwidth or (known.bandwidth if known else 0.0)
     )
@@ -60,7 +57,7 @@ def known_chip(device: jax.Device, peak_tflops: float, bandwidth: float) -> Chip
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What the cases of one table have in common."""
+    """What the cases of one table share."""
 
     network: str
     dtype: str
@@ -74,12 +71,11 @@ class Case:
 
     Attributes:
       label: of the line.
-      advance: makes so many steps, waits for them, and gives the loss of the last.
+      advance: makes a number of steps, waits for them, and returns a loss.
       plain: the case whose time is 1 in the column 'ratio', if there is one.
-      ours: for a case of PyTorch, of other input, or of several seeds, the same method's own first
-        case.
-      facts: what is known without timing; of a case that cannot run, 'failed' with the reason.
-      milliseconds: a step, of each round.
+      ours: the method's main case, for a case of PyTorch, of other input or of evaluation.
+      facts: what is known without timing; 'failed' with the reason if the case cannot run.
+      milliseconds: per step, in each round.
     """
 
     label: str
@@ -96,18 +92,18 @@ def time_in_turns(
     steps: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Fills in `milliseconds` of the cases, which every round has in another order.
+    """Fills in `milliseconds` of the cases that work, in another order every round.
 
-    A step is slower or faster by a few percent after another case's, whose memory it finds.
+    The order matters by a few percent, because a case leaves its memory to the next.
 
     Args:
-      cases: those that failed are left out.
+      cases: to time.
       rounds: how many.
       steps: of each case in each round.
-      clock: of `CLOCKS`, in seconds.
+      clock: one of `CLOCKS`.
 
     Raises:
-      FloatingPointError: a loss is not finite, and what was timed is not training.
+      FloatingPointError: a loss is not finite.
     """
     working = [case for case in cases if case.advance is not None]
     for number in range(rounds):
@@ -120,7 +116,7 @@ def time_in_turns(
 
 
 def paired_ratio(case: Case, other: Case | None) -> float | None:
-    """The median over the rounds of `case`'s time over `other`'s; None if one was not timed."""
+    """Returns the median over rounds of the ratio of two times, or None without timings."""
     if other is None or not (case.milliseconds and other.milliseconds):
         return None
     pairs = zip(case.milliseconds, other.milliseconds, strict=True)
@@ -128,7 +124,7 @@ def paired_ratio(case: Case, other: Case | None) -> float | None:
 
 
 def measured_row(case: Case, setting: Setting, chip: Chip | None) -> dict[str, Any]:
-    """All numbers of a line; those that are not known are left out or None."""
+    """Returns the numbers of a line; unknown ones are missing or None."""
     row = {**dataclasses.asdict(setting), 'case': case.label, **case.facts}
     if not case.milliseconds:
         return row
@@ -141,9 +137,6 @@ def measured_row(case: Case, setting: Setting, chip: Chip | None) -> dict[str, A
     }
     if case.ours:
         slower = paired_ratio(case, case.ours)
-        if 'num_seeds' in case.facts:
-            row['images_per_second'] *= case.facts['num_seeds']
-            return {**row, 'to_runs_apart': slower / case.facts['num_seeds']}
         if case.label.endswith(EVALUATION):
             return {**row, 'of_a_step': slower}
         if case.label.endswith(INPUT):
@@ -163,7 +156,7 @@ def measured_row(case: Case, setting: Setting, chip: Chip | None) -> dict[str, A
 
 
 def shown(row: dict[str, Any]) -> dict[str, str]:
-    """A line as the table has it."""
+    """Formats a line of the table."""
 
     def text(name: str, form: str, factor: float = 1.0) -> str:
         return '' if row.get(name) is None else format(factor * row[name], form)
@@ -186,7 +179,6 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
         'input ms': text('input_milliseconds', '.2f'),
         'input %': text('input_percent', '+.1f'),
         'of a step': text('of_a_step', '.2f'),
-        'to runs apart': text('to_runs_apart', '.2f'),
         'ours / torch': text('ours_over_torch', '.2f'),
     }
     return cells

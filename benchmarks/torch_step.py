@@ -1,10 +1,10 @@
 """The plain network and ONE as a PyTorch user would train them, written from the papers.
 
 ResNets of He et al. 2016 and ONE of Lan et al. 2018, in PyTorch's own idiom: modules, autograd,
-`torch.optim.SGD`, automatic mixed precision for bfloat16. On a GPU where there is one, with cuDNN's
-search for the fastest convolutions and the fused optimiser; or on as many processor cores as JAX
-has. Images are normalised once, before anything is timed, and they are neither cropped nor
-flipped; no accuracy is computed: PyTorch has less to do a step than the project's own.
+`torch.optim.SGD`, automatic mixed precision for bfloat16. It runs on a GPU, if there is one, with
+cuDNN's search for the fastest convolutions and the fused optimiser, or on as many cores as JAX.
+Images are normalised before anything is timed, and neither cropped nor flipped; no accuracy is
+computed. So a step has less to do than one_jax's.
 """
 
 import os
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from one_jax.errors import UserError
-from one_jax.recipe import Recipe
+from one_jax.training.experiment import Experiment
 
 _IMAGENET_BLOCKS = {'resnet18': (2, 2, 2, 2), 'resnet34': (3, 4, 6, 3)}
 
@@ -46,13 +46,13 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """A ResNet, or ONE's branched form of it with its gate.
+    """A ResNet, or its branched form with ONE's gate.
 
     Args:
       name: 'resnet18', 'resnet34', or 'resnetN' for CIFAR with N = 6n + 2.
       num_classes: C.
       num_branches: K; 1 is the plain network.
-      share_stages: that the branches have in common.
+      share_stages: stages that the branches share.
 
     Raises:
       UserError: there is no such network here.
@@ -106,7 +106,7 @@ class Network(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Of images [B, 3, H, W], the logits [K, B, C] and, with a gate, the teacher's [B, C]."""
+        """Maps images [B, 3, H, W] to logits [K, B, C] and, with a gate, the teacher's [B, C]."""
         shared = self.trunk(images)
         logits = torch.stack([branch(shared) for branch in self.branches])
         if self.gate is None:
@@ -121,7 +121,7 @@ def loss_function(
     temperature: float = 3.0,
     distill_weight: float = 1.0,
 ) -> torch.Tensor:
-    """The cross-entropy of the plain network, or the loss of ONE (its equations 6 to 8).
+    """Computes the cross-entropy of the plain network, or ONE's loss (equations 6 to 8).
 
     Args:
       logits: [K, B, C].
@@ -148,20 +148,20 @@ def loss_function(
 
 
 class Training:
-    """The plain network or ONE in training.
+    """Trains the plain network or ONE.
 
     Args:
-      recipe: of the project's own run: network, precision and optimiser.
+      experiment: the network, precision and optimiser of one_jax's case.
       batches: images uint8 [B, H, W, 3] and labels [B], used in turn.
-      compiled: whether `torch.compile` makes the forward and backward pass.
+      compiled: whether to use `torch.compile`.
 
     Raises:
       UserError: there is no such network here.
     """
 
-    def __init__(self, recipe: Recipe, batches: Sequence[dict[str, Any]], compiled: bool):
+    def __init__(self, experiment: Experiment, batches: Sequence[dict[str, Any]], compiled: bool):
         self._device = 'cuda' if torch.cuda.is_available() else 'cpu'
-        config, spec = recipe.config, recipe.spec
+        config, spec = experiment.config, experiment.spec
         if self._device == 'cpu':
             torch.set_num_threads(len(os.sched_getaffinity(0)))
         else:
@@ -197,7 +197,7 @@ class Training:
         return loss_function(logits.float(), teacher, labels)
 
     def advance(self, num_steps: int) -> float:
-        """Makes the steps, waits for the last, and gives its loss."""
+        """Makes the steps, waits for the last, and returns its loss."""
         for _ in range(num_steps):
             images, labels = self._batches[self._steps % len(self._batches)]
             self._optimizer.zero_grad(set_to_none=True)

@@ -1,40 +1,34 @@
-"""Milliseconds of a train step: every method beside the plain network, and beside PyTorch.
+"""Times a train step: every method beside the plain network, and beside PyTorch.
 
     python -m benchmarks.train_step [--networks=resnet32,resnet110,resnet18]
         [--methods=plain,branches,one,dml,okddip,mde] [--dtypes=float32,bfloat16]
         [--batch_sizes=128] [--steps=200] [--rounds=10] [--steps_per_call=1] [--input=host,device]
-        [--seeds=5] [--evaluation] [--torch] [--clock=processor] [--peak_tflops=T]
-        [--bandwidth=GB/S] [--output=FILE.json]
+        [--evaluation] [--torch] [--clock=processor] [--peak_tflops=T] [--bandwidth=GB/S]
+        [--output=FILE.json]
 
-One table for each network, precision and batch size; one device. It is the project's own train
-step, on generated images of the network's data set, from batches that lie on the device. With
-`--input` each method has a row more with its batches as in training: gathered on the 'host' and
-sent, or on the 'device' out of the whole data set. With `--seeds` it has one with so many seeds at
-once, with `--evaluation` one of evaluating as many images in place of training on them. The
-cases of a table are timed in turns, some steps each a round, so that ratios hold on a busy machine:
-a ratio is the median over the rounds of two times of the same round. Without an accelerator, on
-cores that others use, `--clock=processor` takes the processor time of all threads in place of the
-time on the clock; PyTorch's threads spin while they wait, so let it have one core (`taskset -c 0`).
+Prints one table for each network, precision and batch size, on one device. It times one_jax's own
+train step on generated images, with batches that lie on the device. `--input` adds a row with
+batches as in training: gathered on the 'host' and sent, or on the 'device' from the whole data set.
+`--evaluation` adds a row that evaluates as many images. The cases take turns, some steps each per
+round, and ratios are medians over the rounds, so that they hold on a busy machine. On cores that
+others use, `--clock=processor` counts the processor time of all threads; PyTorch's threads spin
+while they wait, so give it one core (`taskset -c 0`).
 
-'branches' are three branches that learn from the labels alone (the method `independent`); the
-others have their method's own number of members. Columns:
+'branches' is the method `independent`, three branches that learn from the labels alone; the other
+methods have their default branches. Columns:
 
 - FLOPs ratio: of the traced forward passes, convolutions and matrix products.
-- compile s: tracing, lowering and compiling, with no cache of earlier runs.
-- memory: the most that the device's allocator had at a time in the first step, the case's state
-  included; where the device does not tell, or an earlier case had more, the compiler's number for
-  the program with its arguments ('~' before it).
-- FLOPs floor: 3 times the forward pass (forward, gradients of inputs and of kernels) at the chip's
-  peak. Bytes floor: the operands and results of all of the program's kernels, as the compiler
-  counts them after fusion, at the memory's bandwidth; what stays in caches can beat it.
-- input ms: what a step is given, gathered, sent and waited for, alone. Input %: what the row takes
-  longer.
+- compile s: tracing, lowering and compiling, without a cache.
+- memory: the peak of the device's allocator in the first step, the state included; '~' marks the
+  compiler's number, if the allocator reports nothing or an earlier case used more.
+- FLOPs floor: three times the forward pass (forward, gradients of inputs and of kernels) at the
+  chip's peak. Bytes floor: operands and results of all kernels, as the compiler counts them after
+  fusion, at the memory's bandwidth; caches can beat it.
+- input ms: to gather and send the batch of a step. Input %: by how much the row is slower.
 - of a step: the time of an evaluation over that of training on as many images.
-- to runs apart: the time of a step of all seeds over that of as many steps of one.
 - reached: the larger floor over the time. Of peak: the FLOPs floor over the time.
 """
 
-import collections
 import dataclasses
 import functools
 import importlib.metadata
@@ -55,16 +49,18 @@ from jax.sharding import Mesh
 
 from benchmarks import timing
 from benchmarks.timing import Case, Setting
-from one_jax import command, device_memory, evaluate, feed, parallel, seeds, workdir
 from one_jax import config as config_lib
-from one_jax.analysis.tables import markdown_table
-from one_jax.data import datasets
+from one_jax import data
 from one_jax.data.table import DATASETS
-from one_jax.errors import UserError
+from one_jax.errors import ConfigError, UserError
 from one_jax.models import cost, resnet_imagenet
-from one_jax.readback import MAX_CALLS_IN_FLIGHT
-from one_jax.recipe import Recipe, make_recipe
-from one_jax.train_step import make_train_step
+from one_jax.reporting.tables import markdown_table
+from one_jax.runtime import cli, environment, files, parallel
+from one_jax.training.compiled_step import CompiledStep
+from one_jax.training.evaluation import Evaluator
+from one_jax.training.experiment import Experiment, make_experiment
+from one_jax.training.feed import Feed
+from one_jax.training.step import make_initial_state
 
 METHODS = {
     'plain': 'plain',
@@ -74,50 +70,41 @@ METHODS = {
     'okddip': 'okddip',
     'mde': 'mde',
 }
-# What PyTorch trains too, see torch_step.py.
+# The methods of torch_step.py.
 TORCH_METHODS = ('plain', 'one')
-# As many different batches lie on the device, one after the other.
+INPUTS = ('host', 'device')
+# Different batches on the device, used in turn.
 BATCHES_ON_DEVICE = 2
 WARM_UP_CALLS = 3
 INPUT_REPEATS = 20
 # Of generated images; CIFAR's 50,000 fit.
 DATA_BYTES = 200e6
-
-INPUTS = ('host', 'device')
+# One epoch that does not end: no call is cut short.
+ENDLESS = 10**6
 
 Batch = dict[str, Any]
 
-NETWORKS = flags.DEFINE_list(
-    'networks', ['resnet32', 'resnet110', 'resnet18'], 'Of one_jax.models.'
-)
-METHOD_NAMES = flags.DEFINE_list('methods', list(METHODS), f'Of {", ".join(METHODS)}.')
+NETWORKS = flags.DEFINE_list('networks', ['resnet32', 'resnet110', 'resnet18'], 'Network names.')
+METHOD_NAMES = flags.DEFINE_list('methods', list(METHODS), f'Some of {", ".join(METHODS)}.')
 DTYPES = flags.DEFINE_list('dtypes', ['float32', 'bfloat16'], 'Values of model.dtype.')
-BATCH_SIZES = flags.DEFINE_list('batch_sizes', ['128'], 'Images a step.')
+BATCH_SIZES = flags.DEFINE_list('batch_sizes', ['128'], 'Images per step.')
 STEPS = flags.DEFINE_integer('steps', 200, 'Timed steps of each case.', 1)
-ROUNDS = flags.DEFINE_integer('rounds', 10, 'In which the cases take turns.', 1)
-STEPS_PER_CALL = flags.DEFINE_integer('steps_per_call', 1, 'Above 1 is for accelerators.', 1)
+ROUNDS = flags.DEFINE_integer('rounds', 10, 'Rounds in which the cases take turns.', 1)
+STEPS_PER_CALL = flags.DEFINE_integer('steps_per_call', 1, 'More than 1 is for accelerators.', 1)
 INPUT = flags.DEFINE_list('input', [], f'Rows with the input of training: {", ".join(INPUTS)}.')
 EVALUATION = flags.DEFINE_boolean('evaluation', False, 'A row of evaluating as many images.')
-SEEDS = flags.DEFINE_integer('seeds', 0, 'A row of so many seeds at once; 0: none.', 0)
-CLOCK = flags.DEFINE_enum('clock', 'wall', list(timing.CLOCKS), 'Processor time is for CPUs alone.')
-TORCH = flags.DEFINE_boolean('torch', False, 'Time PyTorch, too.')
+CLOCK = flags.DEFINE_enum('clock', 'wall', list(timing.CLOCKS), 'Processor time is for CPUs.')
+TORCH = flags.DEFINE_boolean('torch', False, 'Whether to time PyTorch, too.')
 TORCH_MODES = flags.DEFINE_list('torch_modes', ['eager', 'compile'], 'How PyTorch runs.')
-PEAK = flags.DEFINE_float('peak_tflops', 0, 'Of the device; 0: as known.', 0)
-BANDWIDTH = flags.DEFINE_float('bandwidth', 0, "Of the device's memory, GB/s; 0: as known.", 0)
-OUTPUT = flags.DEFINE_string('output', '', 'The JSON file to write.')
+PEAK = flags.DEFINE_float('peak_tflops', 0, 'Peak of the device; 0: as known.', 0)
+BANDWIDTH = flags.DEFINE_float('bandwidth', 0, 'Memory bandwidth, GB/s; 0: as known.', 0)
+OUTPUT = flags.DEFINE_string('output', '', 'A JSON file for all numbers.')
 
 
-def load_recipe(method: str, setting: Setting, data: datasets.Dataset | None = None) -> tuple:
-    """The recipe of a method of `METHODS` on generated images, and the images.
-
-    Args:
-      method: its name here.
-      setting: of the table.
-      data: the images, where they were made already.
-
-    Returns:
-      (recipe, data).
-    """
+def load_experiment(
+    method: str, setting: Setting, source: data.Source | None = None
+) -> tuple[Experiment, data.Source]:
+    """Builds an experiment on generated images, and the images unless `source` is given."""
     config = config_lib.default_config()
     imagenet = setting.network in resnet_imagenet.NETWORKS
     config.data.name = 'imagenet2012' if imagenet else 'cifar100'
@@ -128,125 +115,95 @@ def load_recipe(method: str, setting: Setting, data: datasets.Dataset | None = N
     config.data.batch_size = config.data.eval_batch_size = setting.batch_size
     config.model.name, config.model.dtype = setting.network, setting.dtype
     config.method.name = METHODS[method]
+    config.train.log_every = ENDLESS
     config_lib.validate(config)
-    data = data or datasets.load(config.data)
-    steps_per_epoch = data.train_batches(setting.batch_size, config.seed).steps_per_epoch
-    return make_recipe(config_lib.resolve(config), data.spec, steps_per_epoch), data
+    source = source or data.open(config.data)
+    resolved = config_lib.resolve(config)
+    return make_experiment(resolved, source.spec, source.label_names, ENDLESS), source
 
 
 class Training:
-    """A run of the project's train step, compiled and warm.
+    """The train step of an experiment, compiled and warm.
 
     Args:
-      recipe: of the run.
-      mesh: of one device; of several seeds a `parallel.seeds_mesh`.
-      batches: the first ones, each with an axis of `steps_per_call` in front.
-      steps_per_call: train steps in one compiled call.
-      num_seeds: that train at once.
+      experiment: to train.
+      mesh: of one device.
+      batches: one for each call; two are used.
+      steps_per_call: train steps in one call.
 
     Attributes:
-      compile_seconds: of the step.
-      bytes_accessed: a step, by the compiler; None where it does not tell, and for several steps a
-        call, whose loop it counts once.
-      compiled_bytes: the compiler's number for the memory, None where it does not tell.
-      allocated_bytes: what the first step needed at a time by the device's allocator, None where
-        it does not tell.
       state: after the steps so far.
+      facts: of the case: 'compile_seconds'; 'bytes_accessed' per step, by the compiler, or None if
+        it is unknown (for several steps per call, it counts the loop once); 'compiled_bytes', the
+        compiler's number for the memory; 'allocated_bytes', the allocator's for the first step, or
+        None.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        experiment: Experiment,
         mesh: Mesh,
-        batches: Sequence[Batch],
+        batches: Iterator[Batch],
         steps_per_call: int = 1,
-        num_seeds: int = 1,
     ):
+        first = list(itertools.islice(batches, BATCHES_ON_DEVICE))
+        num_examples = len(first[0]['examples']['label']) if 'examples' in first[0] else 0
         self._steps_per_call = steps_per_call
-        num_examples = len(batches[0]['examples']['label']) if 'examples' in batches[0] else 0
-        arguments = device_memory.abstract_arguments(
-            recipe, mesh, steps_per_call, num_seeds, num_examples
-        )
         started = time.perf_counter()
-        self._call = make_train_step(recipe, mesh).lower(*arguments).compile()
-        self.compile_seconds = time.perf_counter() - started
-        analysis = self._call.cost_analysis() or {}
-        self.bytes_accessed = analysis.get('bytes accessed') if steps_per_call == 1 else None
-        self.compiled_bytes = None
-        if memory := self._call.memory_analysis():
-            # Results that take over the buffer of an argument count once.
-            self.compiled_bytes = (
-                memory.argument_size_in_bytes
-                + memory.output_size_in_bytes
-                - memory.alias_size_in_bytes
-                + memory.temp_size_in_bytes
-                + memory.generated_code_size_in_bytes
-            )
+        self._step = CompiledStep(experiment, mesh, steps_per_call, num_examples)
+        compile_seconds = time.perf_counter() - started
+        analysis = self._step._compiled.cost_analysis() or {}
         device = mesh.devices.flat[0]
         others = _allocated(device, 'bytes_in_use')
-        fresh = jax.jit(recipe.random_state)
-        states = [fresh(np.uint32(seed)) for seed in range(num_seeds)]
-        self.state = (
-            seeds.stack(states, mesh)
-            if parallel.has_seeds(mesh)
-            else parallel.replicate(states[0], mesh)
-        )
+        self.state = make_initial_state(experiment, mesh)(np.uint32(0))
+        self._start_anew = jax.jit(lambda state: state.replace(metrics=state.metrics.start_anew()))
         highest_before = _allocated(device, 'peak_bytes_in_use')
-        self.advance(steps_per_call, iter(batches))
+        self.advance(steps_per_call, iter(first))
         highest = _allocated(device, 'peak_bytes_in_use')
-        self.allocated_bytes = highest - others if highest > highest_before else None
-        self.advance(WARM_UP_CALLS * steps_per_call, itertools.cycle(batches))
+        self.facts = {
+            'compile_seconds': compile_seconds,
+            'bytes_accessed': analysis.get('bytes accessed') if steps_per_call == 1 else None,
+            'compiled_bytes': self._step.memory.needed,
+            'allocated_bytes': highest - others if highest > highest_before else None,
+        }
+        self.advance(WARM_UP_CALLS * steps_per_call, itertools.cycle(first))
 
-    def advance(self, num_steps: int, batches: Iterator[Batch]) -> jax.Array:
-        """Makes the steps and waits for the last; the host runs ahead as far as in training.
+    def advance(self, num_steps: int, batches: Iterator[Batch]) -> float:
+        """Makes the steps, waits for the last, and returns their mean loss.
 
         Args:
           num_steps: a multiple of `steps_per_call`.
-          batches: each with an axis of `steps_per_call` in front.
-
-        Returns:
-          The loss of the last step.
+          batches: one for each call.
         """
-        in_flight = collections.deque()
         for _ in range(num_steps // self._steps_per_call):
-            self.state, scalars = self._call(self.state, next(batches))
-            in_flight.append(scalars['loss'])
-            if len(in_flight) > MAX_CALLS_IN_FLIGHT:
-                in_flight.popleft().block_until_ready()
+            self.state = self._step(self.state, next(batches))
+        loss = jax.device_get(self.state.metrics).means()['loss']
+        self.state = self._start_anew(self.state)
         jax.block_until_ready(self.state)
-        return in_flight[-1][-1].mean()
+        return loss
 
 
 def _allocated(device: jax.Device, name: str) -> int:
-    """Of the device's allocator; 0 where it does not tell."""
+    """Reads the device's allocator; 0 if it reports nothing."""
     return (device.memory_stats() or {}).get(name, 0)
 
 
 def fed_batches(
-    data: datasets.Dataset,
-    setting: Setting,
+    experiment: Experiment,
+    source: data.Source,
     mesh: Mesh,
+    steps_per_call: int = 1,
     place: str = 'host',
-    num_seeds: int = 1,
 ) -> Iterator[Batch]:
-    """Batches as training has them.
-
-    Args:
-      data: the images.
-      setting: of the table.
-      mesh: of one device; of several seeds a `parallel.seeds_mesh`.
-      place: of `INPUTS`.
-      num_seeds: that train at once.
-    """
-    batches = [data.train_batches(setting.batch_size, seed) for seed in range(num_seeds)]
-    examples = data.splits['train'] if place == 'device' else None
-    feeds = feed.Feed(batches, mesh, setting.steps_per_call, 0, examples)
-    for step in itertools.count(0, setting.steps_per_call):
-        yield feeds(step, setting.steps_per_call)
+    """Yields batches as in training, from one of `INPUTS`."""
+    batches = source.train_batches(experiment.config.data.batch_size, experiment.config.seed)
+    examples = source.examples('train') if place == 'device' else None
+    for _, batch in Feed(experiment, batches, mesh, steps_per_call, 0, examples):
+        yield batch
 
 
 def input_milliseconds(batches: Iterator[Batch]) -> float:
-    """To gather a batch, send it, and wait until it is there: the median of some."""
+    """Returns the median time to gather and send a batch."""
     seconds = []
     for _ in range(INPUT_REPEATS):
         started = time.perf_counter()
@@ -257,58 +214,37 @@ def input_milliseconds(batches: Iterator[Batch]) -> float:
 
 def make_case(
     label: str,
-    recipe: Recipe,
+    experiment: Experiment,
     setting: Setting,
     mesh: Mesh,
     batches: Iterator[Batch],
     ours: Case | None = None,
-    num_seeds: int = 1,
 ) -> Case:
-    """One of the project's own cases, compiled and warm, or why it cannot be.
-
-    Args:
-      label: of the line.
-      recipe: of the run.
-      setting: of the table.
-      mesh: see `Training`.
-      batches: all that the case will take.
-      ours: see `Case`.
-      num_seeds: that train at once.
-    """
+    """Returns a compiled, warm case of one_jax, or one that failed for lack of memory."""
     case = Case(label, ours=ours)
     try:
-        first = list(itertools.islice(batches, BATCHES_ON_DEVICE))
-        training = Training(recipe, mesh, first, setting.steps_per_call, num_seeds)
-    except jax.errors.JaxRuntimeError as error:
+        training = Training(experiment, mesh, batches, setting.steps_per_call)
+    except (ConfigError, jax.errors.JaxRuntimeError) as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
         case.facts['failed'] = 'out of memory'
         return case
     case.advance = functools.partial(training.advance, batches=batches)
-    for name in ('compile_seconds', 'bytes_accessed', 'compiled_bytes', 'allocated_bytes'):
-        case.facts[name] = getattr(training, name)
+    case.facts |= training.facts
     return case
 
 
 def evaluation_case(
-    case: Case, recipe: Recipe, data: datasets.Dataset, mesh: Mesh, steps: int
+    case: Case, experiment: Experiment, source: data.Source, mesh: Mesh, steps: int
 ) -> Case:
-    """The evaluation of as many images as `steps` steps train on; see `evaluate.Evaluator`.
-
-    Args:
-      case: of training.
-      recipe: of the run.
-      data: the images.
-      mesh: of one device.
-      steps: of one round.
-    """
-    images = data.splits['train'].take(slice(0, steps * recipe.config.data.batch_size))
-    data = dataclasses.replace(data, splits={'test': images})
-    evaluator = evaluate.Evaluator(recipe.config, recipe.method, recipe.network, data, mesh)
-    variables = parallel.replicate(jax.jit(recipe.random_state)().evaluated_variables, mesh)
+    """Returns a case that evaluates as many images as `steps` steps of `case` train on."""
+    images = source.examples('train').take(slice(0, steps * experiment.config.data.batch_size))
+    source = dataclasses.replace(source, splits={'test': images})
+    evaluator = Evaluator(experiment.config, experiment.method, experiment.network, source, mesh)
+    variables = make_initial_state(experiment, mesh)(np.uint32(0)).evaluated_variables
 
     def advance(steps: int) -> float:
-        del steps  # All images, always.
+        del steps  # Always all images.
         return evaluator(variables, 'test')['deployed_nll']
 
     advance(steps)
@@ -320,46 +256,33 @@ def make_cases(
     setting: Setting,
     mesh: Mesh,
     inputs: Sequence[str] = (),
-    num_seeds: int = 0,
     evaluated_steps: int = 0,
 ) -> list[Case]:
-    """The project's own cases of a table, compiled and warm.
+    """Returns one_jax's cases of a table, compiled and warm.
 
     Args:
       methods: names of `METHODS`.
       setting: of the table.
       mesh: of one device.
-      inputs: of `INPUTS`; for each, every method has one case more.
-      num_seeds: of one case more, unless it is 0.
-      evaluated_steps: steps of a round, for one case more, unless it is 0.
+      inputs: some of `INPUTS`; each adds a case to every method.
+      evaluated_steps: steps per round, for a case of evaluation; 0 for none.
     """
-    data, on_device, cases = None, None, []
+    source, on_device, cases = None, None, []
     for method in methods:
-        recipe, data = load_recipe(method, setting, data)
-        sent = fed_batches(data, setting, mesh)
-        on_device = on_device or list(itertools.islice(sent, BATCHES_ON_DEVICE))
-        case = make_case(method, recipe, setting, mesh, itertools.cycle(on_device))
-        case.facts['forward_flops'] = cost.forward_cost(recipe.network, recipe.spec.image_shape)[1]
+        experiment, source = load_experiment(method, setting, source)
+        feed = functools.partial(fed_batches, experiment, source, mesh, setting.steps_per_call)
+        on_device = on_device or list(itertools.islice(feed(), BATCHES_ON_DEVICE))
+        case = make_case(method, experiment, setting, mesh, itertools.cycle(on_device))
+        flops = cost.forward_cost(experiment.network, experiment.spec.image_shape)[1]
+        case.facts['forward_flops'] = flops
         cases.append(case)
         for place in inputs:
-            fed = fed_batches(data, setting, mesh, place)
-            label = f'{method}, {place}{timing.INPUT}'
-            other = make_case(label, recipe, setting, mesh, fed, case)
+            label, fed = f'{method}, {place}{timing.INPUT}', feed(place)
+            other = make_case(label, experiment, setting, mesh, fed, case)
             other.facts['input_milliseconds'] = input_milliseconds(fed) / setting.steps_per_call
             cases.append(other)
         if evaluated_steps:
-            cases.append(evaluation_case(case, recipe, data, mesh, evaluated_steps))
-        if num_seeds:
-            grid = parallel.seeds_mesh(mesh, num_seeds)
-            of_seeds = itertools.cycle(
-                itertools.islice(
-                    fed_batches(data, setting, grid, num_seeds=num_seeds), BATCHES_ON_DEVICE
-                )
-            )
-            label = f'{method}, {num_seeds} seeds'
-            other = make_case(label, recipe, setting, grid, of_seeds, case, num_seeds)
-            other.facts['num_seeds'] = num_seeds
-            cases.append(other)
+            cases.append(evaluation_case(case, experiment, source, mesh, evaluated_steps))
     plain = next((case for case in cases if case.label == 'plain'), None)
     for case in cases:
         if case.ours is None:
@@ -368,34 +291,32 @@ def make_cases(
 
 
 def make_torch_cases(ours: Sequence[Case], setting: Setting, modes: Sequence[str]) -> list[Case]:
-    """PyTorch's cases of a table, warm; those that do not work say so.
+    """Returns PyTorch's cases of a table, warm; 'failed' is set in those that do not work.
 
     Args:
-      ours: the project's own cases, with which they are compared.
+      ours: one_jax's cases, with which they are compared.
       setting: of the table.
-      modes: of `TORCH_MODES`.
+      modes: values of --torch_modes.
     """
-    # Imported where it is wanted: it takes seconds, and the project does without it.
+    # Imported late: it takes seconds, and one_jax does without it.
     from benchmarks import torch_step
 
-    data, cases = None, []
+    source, cases = None, []
     for mode in modes:
         plain = None
         for mine in ours:
             if mine.label not in TORCH_METHODS or mine.advance is None:
                 continue
-            recipe, data = load_recipe(mine.label, setting, data)
-            batches = itertools.islice(
-                data.train_batches(setting.batch_size, recipe.config.seed).iterate(0),
-                BATCHES_ON_DEVICE,
-            )
+            experiment, source = load_experiment(mine.label, setting, source)
+            batches = source.train_batches(setting.batch_size, 0).iterate(0)
             case = Case(f'{mine.label}, torch {mode}', None, plain, mine)
             plain = case if mine.label == 'plain' else plain
             cases.append(case)
             try:
-                training = torch_step.Training(recipe, list(batches), compiled=mode == 'compile')
+                first = list(itertools.islice(batches, BATCHES_ON_DEVICE))
+                training = torch_step.Training(experiment, first, compiled=mode == 'compile')
                 training.advance(WARM_UP_CALLS)
-            except Exception as error:  # whatever the compiler of PyTorch does not manage
+            except Exception as error:  # whatever PyTorch's compiler cannot do
                 case.facts['failed'] = type(error).__name__
                 continue
             case.advance = training.advance
@@ -405,17 +326,17 @@ def make_torch_cases(ours: Sequence[Case], setting: Setting, modes: Sequence[str
 def measure(
     setting: Setting, mesh: Mesh, chip: timing.Chip | None, rounds: int, steps: int
 ) -> list[dict[str, Any]]:
-    """The numbers of one table, which is printed too.
+    """Prints one table and returns its numbers.
 
     Args:
       setting: of the table.
       mesh: of one device.
-      chip: what the device can do, or None.
+      chip: limits of the device, or None.
       rounds: in which the cases are timed.
       steps: of a case, in all rounds together.
     """
     evaluated_steps = steps // rounds if EVALUATION.value else 0
-    cases = make_cases(METHOD_NAMES.value, setting, mesh, INPUT.value, SEEDS.value, evaluated_steps)
+    cases = make_cases(METHOD_NAMES.value, setting, mesh, INPUT.value, evaluated_steps)
     if TORCH.value:
         cases += make_torch_cases(cases, setting, TORCH_MODES.value)
     load = os.getloadavg()[0]
@@ -423,35 +344,35 @@ def measure(
     rows = [{**timing.measured_row(case, setting, chip), 'clock': CLOCK.value} for case in cases]
     lines = [timing.shown(row) for row in rows]
     columns = [name for name in lines[0] if any(line[name] for line in lines)]
-    load_after = os.getloadavg()[0]
     print(
         f'{setting.network}, {setting.dtype}, batch {setting.batch_size}: {steps} steps in '
-        f'{rounds} rounds, {CLOCK.value} time, load {load:.1f} before and {load_after:.1f} after'
+        f'{rounds} rounds, {CLOCK.value} time, load {load:.1f} before and '
+        f'{os.getloadavg()[0]:.1f} after\n\n{markdown_table(lines, columns)}\n',
+        flush=True,
     )
-    print(f'\n{markdown_table(lines, columns)}\n', flush=True)
     return rows
 
 
 def _check_flags() -> None:
-    for name in METHOD_NAMES.value:
-        if name not in METHODS:
-            raise UserError(f'--methods={name!r} is not one of {", ".join(METHODS)}')
-    for place in INPUT.value:
-        if place not in INPUTS:
-            raise UserError(f'--input={place!r} is not one of {", ".join(INPUTS)}')
+    for flag, given, known in (
+        ('methods', METHOD_NAMES.value, METHODS),
+        ('input', INPUT.value, INPUTS),
+    ):
+        if unknown := set(given) - set(known):
+            raise UserError(f'--{flag}={unknown.pop()!r} is not one of {", ".join(known)}')
     if STEPS.value % (ROUNDS.value * STEPS_PER_CALL.value):
         raise UserError(
             f'--steps={STEPS.value} is not allowed: a multiple of --rounds={ROUNDS.value} times '
             f'--steps_per_call={STEPS_PER_CALL.value}'
         )
     if TORCH.value and not importlib.util.find_spec('torch'):
-        raise UserError("--torch wants PyTorch: pip install --editable '.[torch]'")
+        raise UserError("--torch requires PyTorch: pip install --editable '.[torch]'")
 
 
 def main() -> None:
-    """Measures and prints a table for each combination, and writes all numbers."""
+    """Prints a table for each combination, and writes all numbers."""
     _check_flags()
-    # A compile time is of a compilation.
+    # Compile times are of compilation.
     jax.config.update('jax_enable_compilation_cache', False)
     if TORCH.value:
         # JAX would take most of a GPU's memory at once.
@@ -459,18 +380,19 @@ def main() -> None:
     device = jax.local_devices()[0]
     mesh = parallel.make_mesh([device])
     chip = timing.known_chip(device, PEAK.value, BANDWIDTH.value)
-    versions = workdir.versions()
+    versions = environment.versions()
     if TORCH.value:
         versions['torch'] = importlib.metadata.version('torch')
-    print(f'{workdir.device_name()}, ', ', '.join(f'{k} {v}' for k, v in versions.items()), '\n')
-    result = {'device': workdir.device_name(), 'versions': versions, 'rows': []}
+    device_name = environment.device_name()
+    print(f'{device_name}, {", ".join(f"{name} {v}" for name, v in versions.items())}\n')
+    result = {'device': device_name, 'versions': versions, 'rows': []}
     combinations = itertools.product(NETWORKS.value, DTYPES.value, map(int, BATCH_SIZES.value))
     for network, dtype, batch_size in combinations:
         setting = Setting(network, dtype, batch_size, STEPS_PER_CALL.value)
         result['rows'] += measure(setting, mesh, chip, ROUNDS.value, STEPS.value)
         if OUTPUT.value:
-            workdir.write_json(Path(OUTPUT.value), result)
+            files.write_json(Path(OUTPUT.value), result)
 
 
 if __name__ == '__main__':
-    command.run(main)
+    cli.run(main)

@@ -1,22 +1,33 @@
-"""The ONE paper's ResNet-110 (bottlenecks, really 164 layers) on CIFAR-100 with ONE.
+"""The ONE paper's ResNet-110 on CIFAR-100 with ONE: three branches above two shared stages.
 
 Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, and
-    the authors' released code. Their "ResNet-110" has 18 bottleneck blocks a stage. For He's
-    network set --config.model.name=resnet110, for OKDDip's resnet110_bottleneck12.
-Recipe: 300 epochs of SGD, Nesterov momentum 0.9, batch 128, rate 0.1 (x0.1 at 50 % and 75 %),
-    weight decay 1e-4; pad 4, crop, flip; three branches above two shared stages; T = 3; the
-    distillation ramps up over 80 epochs. 1,727,284 parameters deployed (4,363,653 in training).
-Expect: published top-1: plain 74.67 %, ONE 78.38 % (error 25.33 -> 21.62). Not run here: there is
-    no CIFAR-100 on our machine.
+    the authors' code. Images are padded by 4 pixels, cropped and flipped. Their network has 18
+    bottleneck blocks a stage, which makes 164 layers. For He's ResNet-110 set
+    --config.model.name=resnet110, for OKDDip's resnet110_bottleneck12.
 Prepare: python -m one_jax.prepare cifar100
-Run: python -m one_jax.main --config=configs/cifar100_resnet110.py --workdir=runs/cifar100_resnet110
-Variants: `:plain` the network alone; `:smoke` a few steps of a small network of its family on
-    generated images.
+Run: python -m one_jax.main --config=configs/cifar100_resnet110.py
+Parameters: 1,727,284 deployed, 4,363,653 in training.
+Expected: published top-1 is 74.67 % for the plain network and 78.38 % for ONE (error 25.33 and
+    21.62 %). Not run here for lack of CIFAR-100.
+Options: any method, e.g. `:okddip`; `:plain`, the network alone; `:smoke`, four steps of an
+    11-layer network on generated images.
 """
 
-from one_jax import recipes
+from configs import common
+from one_jax.config import default_config
 
 
 def get_config(options: str = ''):
-    """The recipe with the comma-separated `options` applied."""
-    return recipes.published('resnet110_bottleneck', 'cifar100', options)
+    """Returns the recipe with the comma-separated `options` applied."""
+    config = default_config()
+    config.model.name = 'resnet110_bottleneck'
+    config.data.name = 'cifar100'
+    config.data.batch_size = 128
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.momentum = 0.9
+    config.optimizer.nesterov = True
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.schedule = 'step'
+    config.optimizer.milestones = (0.5, 0.75)
+    config.train.epochs = 300
+    return common.apply_options(config, options, smoke={'model.name': 'resnet11_bottleneck'})

@@ -1,21 +1,31 @@
-"""ResNet-32 on CINIC-10 with ONE.
+"""ResNet-32 on CINIC-10 with ONE: three branches above two shared stages.
 
 Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, and
-    the authors' released code. The paper does not use CINIC-10 (Darlow et al. 2018): this is its
-    CIFAR recipe.
-Recipe: 300 epochs of SGD, Nesterov momentum 0.9, batch 128, rate 0.1 (x0.1 at 50 % and 75 %),
-    weight decay 1e-4; pad 4, crop, flip; three branches above two shared stages; T = 3; the
-    distillation ramps up over 80 epochs. 466,906 parameters deployed (1,175,639 in training).
-Expect: no published number that we could check. Not run here: there is no CINIC-10 on our machine.
+    the authors' code. The paper does not use CINIC-10 (Darlow et al. 2018); this is its CIFAR
+    recipe. Images are padded by 4 pixels, cropped and flipped.
 Prepare: python -m one_jax.prepare cinic10
-Run: python -m one_jax.main --config=configs/cinic10_resnet32.py --workdir=runs/cinic10_resnet32
-Variants: `:plain` the network alone; `:smoke` a few steps of a small network of its family on
-    generated images.
+Run: python -m one_jax.main --config=configs/cinic10_resnet32.py
+Parameters: 466,906 deployed, 1,175,639 in training.
+Expected: no published number that we could check. Not run here for lack of CINIC-10.
+Options: any method, e.g. `:okddip`; `:plain`, the network alone; `:smoke`, four steps of ResNet-8
+    on generated images.
 """
 
-from one_jax import recipes
+from configs import common
+from one_jax.config import default_config
 
 
 def get_config(options: str = ''):
-    """The recipe with the comma-separated `options` applied."""
-    return recipes.published('resnet32', 'cinic10', options)
+    """Returns the recipe with the comma-separated `options` applied."""
+    config = default_config()
+    config.model.name = 'resnet32'
+    config.data.name = 'cinic10'
+    config.data.batch_size = 128
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.momentum = 0.9
+    config.optimizer.nesterov = True
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.schedule = 'step'
+    config.optimizer.milestones = (0.5, 0.75)
+    config.train.epochs = 300
+    return common.apply_options(config, options, smoke={'model.name': 'resnet8'})

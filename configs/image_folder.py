@@ -1,27 +1,31 @@
-"""ResNet-20 on a folder of your own images with ONE.
+"""ResNet-20 on a folder of your own images with ONE: three branches above two shared stages.
 
-Source: a general recipe of this project's for small images.
-Recipe: 100 epochs of SGD, Nesterov momentum 0.9, batch 64, rate 0.1 to 0 by a cosine after 2 epochs
-    of warm-up, weight decay 5e-4; images of 32x32; three branches above two shared stages; T = 3.
-    Crops and flips are for you to choose: --config.data.augment=pad_crop_flip.
-Expect: depends on your images. Classes, mean and standard deviation are found in the folder.
+Source: a general recipe of this project for small images.
 Run: python -m one_jax.main --config=configs/image_folder.py --config.data.root=DIR
-    where DIR holds train/<class>/*.png or *.jpg, and test/<class>/ likewise if you have test images
-Variants: `:plain` the network alone; `:smoke` a few steps of ResNet-8 on generated images.
+    where DIR holds train/<class>/*.png or *.jpg, and test/<class>/ if you have test images.
+    Classes, mean and standard deviation are read from the folder.
+Expected: depends on your images. Nothing is augmented unless you choose a fitting augmentation,
+    such as --config.data.augment=pad_crop_flip.
+Options: any method, e.g. `:okddip`; `:plain`, the network alone; `:smoke`, four steps of ResNet-8
+    on generated images.
 """
 
-from one_jax import config as config_lib
+from configs import common
+from one_jax.config import default_config
 
 
 def get_config(options: str = ''):
-    """The recipe with the comma-separated `options` applied."""
-    config = config_lib.default_config()
+    """Returns the recipe with the comma-separated `options` applied."""
+    config = default_config()
     config.model.name = 'resnet20'
     config.data.name = 'image_folder'
     config.data.image_size = 32
     config.data.batch_size = 64
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.momentum = 0.9
+    config.optimizer.nesterov = True
     config.optimizer.weight_decay = 5e-4
     config.optimizer.schedule = 'cosine'
     config.optimizer.warmup_epochs = 2.0
     config.train.epochs = 100
-    return config_lib.apply_options(config, options, smoke={'model.name': 'resnet8'})
+    return common.apply_options(config, options, smoke={'model.name': 'resnet8'})

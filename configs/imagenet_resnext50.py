@@ -1,21 +1,41 @@
-"""ResNeXt-50 32x4d on ImageNet with ONE.
+"""ResNeXt-50 32x4d on ImageNet with ONE: the last two of four stages in three branches.
 
 Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, and
-    the authors' released code.
-Recipe: 90 epochs (our reading, not checked against the paper) of SGD, Nesterov momentum 0.9, batch
-    256, rate 0.1 (x0.1 at epochs 30 and 60), weight decay 1e-4; random-resized crop 224, flip;
-    evaluation resizes to 256 and crops 224; the last two of four stages branched in three; T = 3.
-    25,028,904 parameters deployed (72,263,425 in training).
-Expect: no published number that we could check. Not run here: there is no ImageNet on our machine.
+    the authors' code. 90 epochs are our reading, not checked against the paper. Training crops
+    224x224 at random scales and flips; evaluation resizes to 256 and crops the centre.
 Prepare: python -m one_jax.prepare imagenet2012
-Run: python -m one_jax.main --config=configs/imagenet_resnext50.py --workdir=runs/imagenet_resnext50
-Variants: `:plain` the network alone; `:smoke` a few steps of a small network of its family on
-    generated images.
+Run: python -m one_jax.main --config=configs/imagenet_resnext50.py
+Parameters: 25,028,904 deployed, 72,263,425 in training.
+Expected: no published number that we could check. Not run here for lack of ImageNet.
+Options: any method but boc_kd, e.g. `:okddip`; `:plain`, the network alone; `:smoke`, two steps of
+    a small network of the same family on generated images.
 """
 
-from one_jax import recipes
+from configs import common
+from one_jax.config import default_config
 
 
 def get_config(options: str = ''):
-    """The recipe with the comma-separated `options` applied."""
-    return recipes.published('resnext50_32x4d', 'imagenet2012', options)
+    """Returns the recipe with the comma-separated `options` applied."""
+    config = default_config()
+    config.model.name = 'resnext50_32x4d'
+    config.data.name = 'imagenet2012'
+    config.data.batch_size = 256
+    config.data.eval_batch_size = 256
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.momentum = 0.9
+    config.optimizer.nesterov = True
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.schedule = 'step'
+    config.optimizer.milestones = (1 / 3, 2 / 3)
+    config.train.epochs = 90
+    config.train.log_every = 100
+    smoke = {
+        'model.name': 'resnext14_tiny',
+        'data.generated_examples': 16,
+        'data.batch_size': 8,
+        'data.eval_batch_size': 8,
+        'train.steps': 2,
+        'train.log_every': 1,
+    }
+    return common.apply_options(config, options, smoke=smoke)

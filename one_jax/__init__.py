@@ -8,7 +8,7 @@ __all__ = ['Student', 'load_student']
 
 
 def __getattr__(name: str) -> Any:
-    # Only when it is asked for: commands that need no student should not wait for its imports.
+    # Imported on first use: commands without a student do not wait for it.
     if name in __all__:
-        return getattr(importlib.import_module('one_jax.student'), name)
+        return getattr(importlib.import_module('one_jax.students.student'), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,8 +1,7 @@
-"""The losses, as pure functions; the shape of every argument comes first in its docstring.
+"""The losses, as pure functions.
 
-Everything is computed in float32 at least: bfloat16 logits are cast up, float64 stays float64.
-Means over a batch are taken in `batch_mean` only, for that is where the mask of padded examples
-belongs.
+All computations are in at least float32: bfloat16 logits are cast up, float64 stays float64. Only
+`batch_mean` averages over a batch, because it knows the mask of padded examples.
 """
 
 import chex
@@ -18,12 +17,12 @@ def _at_least_float32(values: jax.typing.ArrayLike) -> jax.Array:
 
 
 def cross_entropy(logits: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) -> jax.Array:
-    """Cross-entropy of each prediction with its label.
+    """Computes the cross-entropy of each prediction.
 
     Args:
       logits: [..., B, C].
-      labels: [B], integers in [0, C), or [B, C], target probabilities (smoothed or mixed labels);
-        shared by the leading dimensions.
+      labels: [B] integers in [0, C), or [B, C] target probabilities (smoothed or mixed labels), for
+        all leading dimensions.
 
     Returns:
       -log softmax(logits)[label] in nats, or its mean over the target's distribution, [..., B].
@@ -44,11 +43,11 @@ def kl_divergence(
     student_logits: jax.typing.ArrayLike,
     temperature: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """Distillation loss: T^2 KL(softmax(teacher / T) || softmax(student / T)).
+    """Computes the distillation loss T^2 KL(softmax(teacher / T) || softmax(student / T)).
 
-    The factor T^2 keeps the size of the student's gradient about the same at every temperature
-    (Hinton, Vinyals, Dean 2015, section 2.1). Gradients flow to both sides: whether the teacher
-    learns from this term is for the caller to say, with `lax.stop_gradient`.
+    The factor T^2 keeps the size of the student's gradient similar at every temperature (Hinton,
+    Vinyals, Dean 2015, section 2.1). Gradients flow to both sides: to stop the teacher's, the
+    caller uses `lax.stop_gradient`.
 
     Args:
       teacher_logits: [..., B, C].
@@ -70,11 +69,11 @@ def kl_divergence(
 def ensemble_logits(
     branch_logits: jax.typing.ArrayLike, weights: jax.typing.ArrayLike
 ) -> jax.Array:
-    """The weighted sum of the branches' logits (ONE, equation 5): of logits, not of probabilities.
+    """Computes the weighted sum of the branches' logits, not probabilities (ONE, equation 5).
 
     Args:
       branch_logits: [K, B, C].
-      weights: [B, K], one set for each example.
+      weights: [B, K].
 
     Returns:
       [B, C].
@@ -87,21 +86,21 @@ def ensemble_logits(
 
 
 def batch_mean(values: jax.typing.ArrayLike, mask: jax.typing.ArrayLike | None = None) -> jax.Array:
-    """The mean over the examples of a batch, padding left out.
+    """Computes the mean over the examples of a batch, without padding.
 
     Args:
       values: [..., B].
-      mask: [B], 0 for padding and anything else for an example; None: there is no padding.
+      mask: [B], 0 for padding and anything else for an example; None if there is no padding.
 
     Returns:
-      [...]; 0 where there is no example at all.
+      [...]; 0 without any example.
     """
     values = _at_least_float32(values)
     if mask is None:
         return values.mean(axis=-1)
     chex.assert_shape(mask, values.shape[-1:])
     valid = jnp.asarray(mask).astype(bool)
-    # `where` and not a product: no infinite or undefined value of the padding may get through.
+    # `where` and not a product, which would pass on infinities and NaN from the padding.
     total = values.sum(axis=-1, where=jnp.broadcast_to(valid, values.shape))
     return total / jnp.maximum(valid.sum(), 1)
 
@@ -116,22 +115,21 @@ def one_loss(
     mask: jax.typing.ArrayLike | None = None,
     detach_teacher: bool = True,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of ONE (Lan, Zhu, Gong, NeurIPS 2018, equations 6 to 8).
+    """Computes the loss of ONE (Lan, Zhu, Gong, NeurIPS 2018, equations 6 to 8).
 
         sum_i CE(branch_i) + CE(teacher) + distill_weight * T^2 sum_i KL(teacher || branch_i)
 
-    Sums over branches, means over the batch. The teacher is a constant in the divergence, so that
-    what makes it (the gate) learns through its own cross-entropy alone; unless `detach_teacher` is
-    False, an ablation.
+    Sums over branches, means over the batch.
 
     Args:
       branch_logits: [K, B, C].
       teacher_logits: [B, C].
-      labels: [B], integers, or [B, C], target probabilities.
+      labels: [B] integers, or [B, C] target probabilities.
       temperature: T, a scalar above 0.
-      distill_weight: a scalar, which may be traced (weight times ramp).
+      distill_weight: a scalar (weight times ramp).
       mask: [B], 0 for padding, or None.
-      detach_teacher: whether the divergence sends no gradient to the teacher.
+      detach_teacher: whether the teacher is a constant in the divergence, so that the gate learns
+        from the teacher's cross-entropy alone; False is an ablation.
 
     Returns:
       The scalar to minimise, and its unweighted terms: 'branch_cross_entropy' [K],
@@ -158,14 +156,14 @@ def one_loss(
 
 
 def sigmoid_rampup(epoch: jax.typing.ArrayLike, length: jax.typing.ArrayLike) -> jax.Array:
-    """The ramp exp(-5 (1 - epoch / length)^2), 1 from `length` on (Laine and Aila 2017).
+    """Computes the ramp exp(-5 (1 - epoch / length)^2), 1 from `length` on (Laine and Aila 2017).
 
     Args:
-      epoch: completed epochs, any shape; or a share of the run, if `length` is one too.
-      length: where the ramp ends, a scalar; 0 is no ramp: the weight is 1 throughout.
+      epoch: completed epochs, any shape; or a fraction of training, if `length` is one too.
+      length: the end of the ramp, a scalar; 0 is no ramp, a weight of 1 throughout.
 
     Returns:
-      The weight in (0, 1], of the shape of `epoch`.
+      The weight in (0, 1], with the shape of `epoch`.
     """
     epoch, length = _at_least_float32(epoch), _at_least_float32(length)
     ramped = length > 0

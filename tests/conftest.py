@@ -2,10 +2,15 @@
 
 import os
 import shutil
+import sys
 import tempfile
+from pathlib import Path
+
+# The helpers beside this file.
+sys.path.insert(1, str(Path(__file__).parent))
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Four devices; and programs compiled in half the time, for most of a test is compilation.
+# Four devices; and programs that compile in half the time, because tests mostly compile.
 for flag, value in {
     'xla_force_host_platform_device_count': '4',
     'xla_backend_optimization_level': '0',
@@ -13,14 +18,23 @@ for flag, value in {
 }.items():
     if flag not in os.environ.get('XLA_FLAGS', ''):
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --{flag}={value}'
-# Tests compile the same programs again and again: all worker processes share what is compiled.
+# All worker processes, and the commands that tests start, share compiled programs.
 OWN_CACHE = 'JAX_COMPILATION_CACHE_DIR' not in os.environ
 if OWN_CACHE:
     os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='one_jax_tests_')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _free_compiled_programs():
+    """Frees a module's programs: those of the whole suite take gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_unconfigure(config):

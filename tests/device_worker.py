@@ -2,23 +2,15 @@
 
     python tests/device_worker.py CASES.json [PORT NUM_PROCESSES PROCESS_ID]
 
-CASES.json is a list of cases that the process takes one after the other. A whole run:
+CASES.json lists the runs that each process makes, one after the other:
     workdir: of the run.
     fields: of the config, by dotted name.
-    own_fields: for each process by its number, what differs in it.
-    own_versions: the same of the version of one_jax.
-    num_devices: of the first devices alone; all by default.
-    copied_from: a finished run and a step: the workdir is first made from them, see `cut_back`.
-Or only the train steps:
-    arrays: for each number of devices, a file (.npz) for the state after `steps` steps and the
-        scalars of each.
-    fields: as above.
-What each process saw is written beside it, see `Job.reports`.
+    own_fields: the fields that differ in one process, by its number.
+    own_versions: the version of one_jax that one process has, by its number.
 """
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -26,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Seconds until a process counts as stuck, on a machine with much else to do.
-TIMEOUT = 900
-# Four steps an epoch on 8x8 images; 14 test images in batches of 8.
+# Seconds until a process counts as stuck, on a busy machine.
+TIMEOUT = 600
+# Four steps per epoch on 8x8 images; 14 test images in batches of 8.
 SMALL = {
     'seed': 0,
     'model.name': 'resnet8',
@@ -49,31 +41,32 @@ SMALL = {
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Returns a port of this machine on which nobody listens."""
     with socket.socket() as listener:
         listener.bind(('localhost', 0))
         return listener.getsockname()[1]
 
 
 def environment(num_devices: int) -> dict[str, str]:
-    """That of the tests, with so many CPU devices and float64."""
+    """Returns the environment of the tests with other CPU devices and float64."""
     kept = [
         flag
         for flag in os.environ.get('XLA_FLAGS', '').split()
         if 'host_platform_device_count' not in flag
     ]
     flags = ' '.join([*kept, f'--xla_force_host_platform_device_count={num_devices}'])
-    return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_ENABLE_X64': '1', 'XLA_FLAGS': flags}
+    variables = {'JAX_PLATFORMS': 'cpu', 'JAX_ENABLE_X64': '1', 'XLA_FLAGS': flags}
+    return {**os.environ, **variables, 'PYTHONPATH': str(Path(__file__).parent.parent)}
 
 
 class Job:
-    """One or several processes that take the same cases; a context that ends them all.
+    """One or several processes that make the same runs; a context that ends them all.
 
     Args:
-      folder: of the files between the tests and the processes; made.
+      folder: for the files between the tests and the processes; created.
       num_devices: of each process.
-      cases: what they do.
-      num_processes: how many they are.
+      cases: the runs.
+      num_processes: how many processes there are.
     """
 
     def __init__(
@@ -109,7 +102,7 @@ class Job:
             process.communicate()
 
     def reports(self) -> list[list[dict[str, Any]]]:
-        """Waits for the end; of each process, and in it of each case: what `do` describes."""
+        """Waits for the end and returns, by process and case, what `train` returns."""
         for process in self.processes:
             _, errors = process.communicate(timeout=TIMEOUT)
             assert process.returncode == 0, errors
@@ -119,101 +112,47 @@ class Job:
         ]
 
 
-def cut_back(workdir: str | Path, step: int, target: str | Path) -> Path:
-    """A copy of a finished run as a kill leaves it that comes after the checkpoint of a step."""
-    target = Path(shutil.copytree(workdir, target))
-    (target / 'result.json').unlink()
-    for folder in (target / 'checkpoints').iterdir():
-        if folder.name != str(step):
-            shutil.rmtree(folder)
-    return target
-
-
-def records(workdir: Path) -> list[dict[str, Any]]:
-    """What `metrics.jsonl` holds."""
-    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
 def _report_file(cases: Path, process: int) -> Path:
     return cases.with_name(f'report{process}.json')
 
 
-def do(given: Mapping[str, Any], process: int) -> dict[str, Any]:
-    """Does a case.
+def train(case: Mapping[str, Any], process: int) -> dict[str, Any]:
+    """Makes a run.
 
     Returns:
-      Of a run, `error`: the message if it was refused; or else `indices`: of each step, which
-      examples this process reads; `batch_shape`: of the images that it reads for a step;
-      `written`: the files below the workdir that this process itself opened for writing.
+      `error`: the message of a UserError; otherwise `indices`: for each step, which examples this
+      process reads; `batch_shape`: of the images that it reads for a step; `written`: the files in
+      the workdir that Python opened for writing in this process.
     """
-    import jax
-
     import one_jax
     from one_jax import config as config_lib
-    from one_jax import parallel, train
-    from one_jax.data import datasets
+    from one_jax import data
+    from one_jax import train as train_lib
     from one_jax.errors import UserError
 
     config = config_lib.default_config()
-    config.update_from_flattened_dict(given['fields'])
-    config.update_from_flattened_dict(given.get('own_fields', {}).get(str(process), {}))
-    if 'arrays' in given:
-        return take_steps(config, given)
-    workdir, version, make_mesh = given['workdir'], one_jax.__version__, parallel.make_mesh
-    if 'copied_from' in given:
-        cut_back(*given['copied_from'], workdir)
-    one_jax.__version__ = given.get('own_versions', {}).get(str(process), version)
-    parallel.make_mesh = lambda: make_mesh(jax.devices()[: given.get('num_devices')])
+    config.update_from_flattened_dict(case['fields'])
+    config.update_from_flattened_dict(case.get('own_fields', {}).get(str(process), {}))
+    workdir, version = case['workdir'], one_jax.__version__
+    one_jax.__version__ = case.get('own_versions', {}).get(str(process), version)
     written.clear()
     try:
-        train.train_and_evaluate(config, workdir)
+        train_lib.train_and_evaluate(config, workdir)
     except UserError as error:
         return {'error': str(error)}
     finally:
-        one_jax.__version__, parallel.make_mesh = version, make_mesh
-    files = sorted({path for path in written if path.startswith(workdir)})
-    batches = datasets.load(config.data).train_batches(config.data.batch_size, config.seed)
+        one_jax.__version__ = version
+    # `workdir.check` opens a nameless file in the folder.
+    files = sorted({path for path in written if path.startswith(workdir) and path != workdir})
+    batches = data.open(config.data).train_batches(config.data.batch_size, config.seed)
     return {
         'indices': [batches.indices(step).tolist() for step in range(config.train.steps)],
-        'batch_shape': next(batches.iterate(0))['image'].shape,
+        'batch_shape': next(iter(batches.iterate(0)))['image'].shape,
         'written': [str(Path(path).relative_to(workdir)) for path in files],
     }
 
 
-def take_steps(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The train step alone, as `train` makes and calls it."""
-    import jax
-    import numpy as np
-
-    from one_jax import config as config_lib
-    from one_jax import named_arrays, parallel
-    from one_jax.data import datasets
-    from one_jax.recipe import make_recipe
-    from one_jax.state import init_state
-    from one_jax.train_step import make_train_step
-
-    config = config_lib.resolve(config)
-    dataset = datasets.load(config.data)
-    batches = dataset.train_batches(config.data.batch_size, config.seed)
-    recipe = make_recipe(config, dataset.spec, batches.steps_per_epoch)
-    shape = dataset.spec.image_shape
-    initial = jax.jit(lambda: init_state(recipe.network, recipe.optimizer, shape, config.seed))()
-    initial = jax.device_get(initial)
-    for num_devices, file in given['arrays'].items():
-        mesh = parallel.make_mesh(jax.devices()[: int(num_devices)])
-        train_step = make_train_step(recipe, mesh)
-        teachers = parallel.replicate([teacher.variables for teacher in recipe.teachers], mesh)
-        state, arrays = parallel.replicate(initial, mesh), {}
-        for step in range(given['steps']):
-            batch = {name: values[None] for name, values in batches.batch(step).items()}
-            batch = parallel.shard_batch(batch, mesh, parallel.STEPS_AND_BATCH)
-            state, scalars = train_step(state, batch, *teachers)
-            arrays |= {f'scalars.{step}.{name}': values for name, values in scalars.items()}
-        np.savez(file, **named_arrays.named_leaves(state), **arrays)
-    return {}
-
-
-# By an audit hook: Python's own files that are opened for writing.
+# The files that Python opened for writing, noted by an audit hook.
 written: list[str] = []
 
 
@@ -223,14 +162,14 @@ def _note_written(event: str, arguments: tuple) -> None:
 
 
 def main(file: str, port: str = '', num_processes: str = '1', process_id: str = '0') -> None:
-    """Does all cases, and writes down what came of each."""
-    from one_jax import processes
+    """Makes all runs, and writes a report of each."""
+    from one_jax.runtime import processes
 
     sys.addaudithook(_note_written)
     if port:
         processes.initialize(f'localhost:{port}', int(num_processes), int(process_id))
     cases = json.loads(Path(file).read_text())
-    reports = [do(given, int(process_id)) for given in cases]
+    reports = [train(case, int(process_id)) for case in cases]
     _report_file(Path(file), int(process_id)).write_text(json.dumps(reports))
 
 

@@ -1,4 +1,4 @@
-"""Networks in PyTorch, written for the tests from the papers and with torchvision's names.
+"""PyTorch networks, written for the tests from the papers, with torchvision's names.
 
 The residual networks of He et al. 2016 and Xie et al. 2017, and ONE's network in training (Lan et
 al. 2018) with the names of its authors' code: `layer3_1`, `classfier3_1`, `control_v1`, `bn_v1`.
@@ -55,14 +55,14 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(inputs, outputs, stride):
-    """A projection where the shape changes, else None."""
+    """Returns a projection if the shape changes, else None."""
     if stride == 1 and inputs == outputs:
         return None
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
 def layer(block, inputs, width, count, stride):
-    """A stage, and the channels it gives."""
+    """Returns a stage and its number of output channels."""
     outputs = width * getattr(block, 'func', block).expansion
     blocks = [block(inputs, width, stride)]
     blocks += [block(outputs, width, 1) for _ in range(count - 1)]
@@ -125,7 +125,7 @@ class OneResNet(nn.Module):
         self.classfier3_3 = nn.Linear(outputs, num_classes)
 
     def forward(self, x):
-        """The logits of the branches, [3, B, C], and of the teacher, [B, C]."""
+        """Computes the logits of the branches, [3, B, C], and of the teacher, [B, C]."""
         x = functional.relu(self.bn1(self.conv1(x)))
         x = self.layer2(self.layer1(x))
         scores = functional.relu(self.bn_v1(self.control_v1(x.mean((2, 3)))))
@@ -140,7 +140,7 @@ class OneResNet(nn.Module):
 
 
 def one_loss(branches, teacher, labels, temperature=3.0, weight=1.0):
-    """ONE's loss: cross-entropies of the branches and the teacher, and the T^2-scaled pulls."""
+    """Computes ONE's loss: cross-entropies of branches and teacher, and T^2-scaled divergences."""
     loss = functional.cross_entropy(teacher, labels)
     target = functional.softmax(teacher.detach() / temperature, dim=1)
     for logits in branches:
@@ -151,7 +151,7 @@ def one_loss(branches, teacher, labels, temperature=3.0, weight=1.0):
     return loss
 
 
-# By the names that one_jax has for them.
+# By their names in one_jax.
 NETWORKS = {
     'resnet8': functools.partial(CifarResNet, Basic, 1),
     'resnet20': functools.partial(CifarResNet, Basic, 3),

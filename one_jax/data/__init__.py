@@ -1,15 +1,11 @@
-"""Data sets in memory, batches as a function of (seed, step), augmentation on the device."""
+"""Data sets, opened once: batches as a function of (seed, step), augmentation on the device.
 
-from one_jax.data.datasets import DATASETS, Dataset, DatasetSpec, describe, load
-from one_jax.data.resident import Examples, ResidentBatches, evaluation_batches
+Importing this package imports neither TFDS nor TensorFlow.
+"""
 
-__all__ = [
-    'DATASETS',
-    'Dataset',
-    'DatasetSpec',
-    'Examples',
-    'ResidentBatches',
-    'describe',
-    'evaluation_batches',
-    'load',
-]
+from one_jax.data.batches import Batches
+from one_jax.data.resident import Examples
+from one_jax.data.source import Source, open
+from one_jax.data.table import DATASETS, DatasetSpec
+
+__all__ = ['DATASETS', 'Batches', 'DatasetSpec', 'Examples', 'Source', 'open']

@@ -1,35 +1,78 @@
-"""Any folder of images: `ROOT/train/<class>/*.png`, and optionally `ROOT/test/<class>/*.png`."""
+"""Reads images, and any folder of them: `ROOT/train/<class>/*.png`, `ROOT/test/<class>/*.png`."""
 
-import concurrent.futures
+import contextlib
 import dataclasses
+import io
+import multiprocessing.pool
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from one_jax.data.resident import Examples, random_bits
-from one_jax.errors import ConfigError, UserError
+from one_jax.data.resident import Examples, class_ranks
+from one_jax.errors import UserError, explain, require
 
-NAME = 'image_folder'
 EXTENSIONS = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
-# Decoders that only decode. Pillow has others: of a PostScript file it would run the program.
+# Decoders that only decode. Pillow has others: it would run the program in a PostScript file.
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'ICO')
 TEST_FOLDERS = ('test', 'val', 'validation')
-# Of the train images of every class, where there is no folder of test images.
+# Share of the training images of every class to hold out if there is no folder of test images.
 HELD_OUT_SHARE = 0.2
-# Stream of random bits that chooses them; see `resident.random_bits`.
+# Stream of random bits that chooses them; see `batches.random_bits`.
 _HELD_OUT_STREAM = 2**63 + 4
-# Offenders that a message names.
+# How many offending files or classes a message names.
 _NAMED = 5
-# Images that a thread reads at a time.
-_CHUNK = 64
+
+
+def open_image(file: Path | BinaryIO) -> Image.Image:
+    """Opens an image without decoding it; no other function of this package opens images."""
+    return Image.open(file, formats=FORMATS)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any mode to RGB; drops transparency, and reduces 16 bits of grey to 8."""
+    if image.mode.startswith('I'):
+        # PIL would clip the values at 255.
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    elif 'transparency' in image.info:
+        # Avoids PIL's warning about converting a palette with transparency directly.
+        image = image.convert('RGBA')
+    return image.convert('RGB')
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Decodes an image, uint8 [H, W, 3]; ignores its EXIF data, as TensorFlow does."""
+    with open_image(io.BytesIO(data)) as image:
+        return np.asarray(to_rgb(image))
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None, crop: float = 1.0) -> np.ndarray:
+    """Reads one image, uint8 [H, W, 3], in the orientation given by its EXIF data.
+
+    With a `size` (H, W), crops the centre, whose shorter side is the share `crop` of the image's,
+    and resizes it (bilinear, antialiased).
+
+    Raises:
+      Exception: decoders of damaged files raise anything.
+    """
+    with open_image(path) as file:
+        image = to_rgb(ImageOps.exif_transpose(file))
+    if size:
+        # Crops and resizes at once, which differs by rounding only.
+        bleed = (1 - crop) / 2
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR, bleed=bleed)
+    return np.asarray(image)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """The files of a split, ordered by class and name, and their labels int32 [N]."""
+    """Image files in order of class and name, and their labels int32 [N].
+
+    Implements `streaming.EncodedExamples`; all files are one shard, shuffled together.
+    """
 
     paths: tuple[Path, ...]
     labels: np.ndarray
@@ -37,186 +80,152 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def shard_lengths(self) -> Sequence[int]:
+        return [len(self.paths)]
+
     def take(self, indices: np.ndarray) -> 'ImageFiles':
-        """The files at `indices` [M], in that order."""
+        """Returns the files at `indices` [M], in that order."""
         return ImageFiles(tuple(self.paths[i] for i in indices.tolist()), self.labels[indices])
 
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Returns the encoded image and the label of an example."""
+        with explain(f'{self.describe(index)} cannot be read', OSError):
+            return self.paths[index].read_bytes(), int(self.labels[index])
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ImageFolder:
-    """A folder of images, none of which is read yet.
+    def prepare(self, indices: np.ndarray) -> None:
+        """Does nothing: files need no index."""
 
-    Attributes:
-      root: of the folder.
-      label_names: names of the class folders of train, sorted.
-      splits: 'train' and 'test'.
-      notes: what the user should know, a line each: files ignored, images held out.
-    """
-
-    root: Path
-    label_names: tuple[str, ...]
-    splits: Mapping[str, ImageFiles]
-    notes: tuple[str, ...]
+    def describe(self, index: int) -> str:
+        """Names an example in errors."""
+        return f'image {str(self.paths[index])!r}'
 
 
-def find(root: str, subset_seed: int) -> ImageFolder:
+def find(root: str, subset_seed: int) -> tuple[tuple[str, ...], dict[str, ImageFiles], list[str]]:
     """Lists a folder of images.
 
-    Without a folder of test images, `HELD_OUT_SHARE` of every class is taken from train.
+    Without a folder of test images, `subset_seed` chooses `HELD_OUT_SHARE` of every class of train
+    to hold out.
 
-    Args:
-      root: the folder above `train`.
-      subset_seed: of the choice of those images.
+    Returns:
+      The sorted names of the classes; the splits 'train' and 'test'; and lines to show the user:
+      files ignored, images held out.
 
     Raises:
-      ConfigError: no root is given.
-      UserError: no such folder, fewer than two classes, or classes without images.
+      ConfigError: there is no such folder, fewer than two classes, or a class without images.
     """
-    if not root:
-        raise ConfigError(
-            'data.root', root, 'the folder that holds train/<class>/*.png (or .jpg, .webp, ...)'
-        )
+
+    def check(condition: bool, message: str) -> None:
+        require(condition, 'data.root', root, message)
+
     folder = Path(root).expanduser()
-    if not (folder / 'train').is_dir():
-        raise UserError(
-            f'data.root={root!r} has no folder train: images belong in '
-            f'{folder / "train"}/<class>/, and test images in {folder / "test"}/<class>/'
-        )
-    names = tuple(sorted(entry.name for entry in (folder / 'train').iterdir() if entry.is_dir()))
-    if len(names) < 2:
-        raise UserError(
-            f'data.root={root!r}: a class is a folder of images in {folder / "train"}, and there '
-            f'must be at least two, but there are {list(names)}'
-        )
+    check(
+        root and (folder / 'train').is_dir(),
+        'it must be a folder that holds train/<class>/*.png (or .jpg, .webp, ...) and, for test '
+        'images, test/<class>/',
+    )
+    names = _class_folders(folder / 'train')
+    check(len(names) >= 2, f'train must hold at least two class folders, but has {list(names)}')
     ignored: list[Path] = []
     train = _list_split(folder / 'train', names, ignored)
-    empty = [name for name, count in zip(names, _counts(train, names), strict=True) if not count]
-    if empty:
-        raise UserError(
-            f'data.root={root!r}: {_some(empty, "class folder", "class folders")} of train '
-            f'without an image ({", ".join(EXTENSIONS)}): add images, or remove the folder'
-        )
-    notes = []
-    test_folders = [name for name in TEST_FOLDERS if (folder / name).is_dir()]
-    if test_folders:
-        test = _list_split(folder / test_folders[0], names, ignored)
-        notes += _check_test(root, test_folders[0], test, names)
-        notes += [f'{other} is not used, {test_folders[0]} is' for other in test_folders[1:]]
+    used, *unused = [name for name in TEST_FOLDERS if (folder / name).is_dir()] or [None]
+    minimum, purpose = (1, '') if used else (2, ', one of them to hold out for testing')
+    counts = np.bincount(train.labels, minlength=len(names))
+    few = [name for name, count in zip(names, counts, strict=True) if count < minimum]
+    check(
+        not few,
+        f'every class folder of train must hold at least {minimum} images '
+        f'({", ".join(EXTENSIONS)}){purpose}: add some to {_some(few)}, or remove it',
+    )
+    notes = [f'{name} is not used, {used} is' for name in unused]
+    if used:
+        unknown = sorted({*_class_folders(folder / used)} - {*names})
+        check(not unknown, f'{used} has classes that train lacks: {_some(unknown)}')
+        test = _list_split(folder / used, names, ignored)
+        check(len(test) > 0, f'there is no image in {used}: add some, or remove the folder')
+        missing = [name for label, name in enumerate(names) if label not in test.labels]
+        if missing:
+            notes.append(f'classes without an image in {used}: {_some(missing)}')
     else:
-        train, test = _hold_out(root, train, names, subset_seed)
+        ranks = class_ranks(train.labels, subset_seed, _HELD_OUT_STREAM)
+        number = np.maximum(np.rint(HELD_OUT_SHARE * counts), 1)
+        held_out = ranks < number[train.labels]
+        train, test = (train.take(np.flatnonzero(part)) for part in (~held_out, held_out))
         notes.append(
             f'there is no folder test: {len(test)} images of train, {HELD_OUT_SHARE:.0%} of every '
             f'class, are held out as the test split (data.subset_seed={subset_seed})'
         )
     if ignored:
         relative = [str(path.relative_to(folder)) for path in sorted(ignored)]
-        notes.append(f'ignored, not an image: {_some(relative, "file", "files")}')
-    notes = tuple(f'data.root={root!r}: {note}' for note in notes)
-    return ImageFolder(folder, names, {'train': train, 'test': test}, notes)
+        notes.append(f'ignored files that are not images: {_some(relative)}')
+    notes = [f'data.root={root!r}: {note}' for note in notes]
+    return names, {'train': train, 'test': test}, notes
 
 
-def first_shape(files: ImageFiles, image_size: int) -> tuple[int, int, int]:
-    """(H, W, 3) of the images in memory: `image_size` squared, or the size of the first image.
+def image_shape(files: ImageFiles, image_size: int) -> tuple[int, int, int]:
+    """Returns (H, W, 3) of images in memory: `image_size` squared, or the size of the first image.
 
-    Raises:
-      UserError: there is no readable image.
+    Skips damaged images, which `read_all` reports.
     """
     if image_size:
         return image_size, image_size, 3
-    damaged = []
     for path in files.paths:
-        try:
-            with Image.open(path, formats=FORMATS) as image:
-                width, height = ImageOps.exif_transpose(image).size
+        with contextlib.suppress(Exception), open_image(path) as image:
+            width, height = ImageOps.exif_transpose(image).size
             return height, width, 3
-        except Exception as error:  # whatever the decoders of damaged files raise
-            damaged.append((path, error))
-    raise _damaged(damaged)
+    return 0, 0, 3
 
 
-def read(files: ImageFiles, image_shape: tuple[int, int, int], image_size: int) -> Examples:
-    """Reads images into memory, in parallel, in the order of `files`.
+def read_all(files: ImageFiles, shape: tuple[int, int, int], image_size: int) -> Examples:
+    """Reads images into memory in parallel, in the order of `files`, all of the same `shape`.
 
-    Args:
-      files: which.
-      image_shape: (H, W, 3) of the result, see `first_shape`.
-      image_size: side of the square that images are resized and cropped to; 0 leaves them alone.
+    Crops and resizes them to squares of side `image_size`, unless it is 0.
 
     Raises:
-      ConfigError: `image_size` is 0 and the images are of several sizes.
-      UserError: images that cannot be read; all are tried, and some are named.
+      ConfigError: `image_size` is 0 and the images differ in size.
+      UserError: some images cannot be read; all are tried, and the first few are named.
     """
-    images = np.empty((len(files), *image_shape), np.uint8)
-    # Of every image that is not in its place: why.
-    problems: dict[int, Exception | tuple[int, ...]] = {}
+    images = np.empty((len(files), *shape), np.uint8)
+    size = (image_size, image_size) if image_size else None
+    # Messages about the images that cannot be used, by their index.
+    damaged: dict[int, str] = {}
+    odd: dict[int, str] = {}
 
-    def read_chunk(start: int) -> None:
-        for index in range(start, min(start + _CHUNK, len(files))):
-            try:
-                array = read_image(files.paths[index], image_size)
-            except Exception as error:  # whatever the decoders of damaged files raise
-                problems[index] = error
-                continue
-            if array.shape == image_shape:
-                images[index] = array
+    def read(index: int) -> None:
+        path = files.paths[index]
+        try:
+            image = read_image(path, size)
+        except Exception as error:  # Decoders of damaged files raise anything.
+            damaged[index] = f'{path} ({_reason(path, error)})'
+        else:
+            if image.shape == shape:
+                images[index] = image
             else:
-                problems[index] = array.shape
+                odd[index] = f'{path} is {image.shape[0]}x{image.shape[1]}'
 
-    # Decoders release Python's lock.
-    with concurrent.futures.ThreadPoolExecutor() as executor:
-        list(executor.map(read_chunk, range(0, len(files), _CHUNK)))
-    damaged = [
-        (files.paths[index], problem)
-        for index, problem in sorted(problems.items())
-        if isinstance(problem, Exception)
-    ]
+    # Decoders release the interpreter lock.
+    with multiprocessing.pool.ThreadPool() as pool:
+        pool.map(read, range(len(files)))
     if damaged:
-        raise _damaged(damaged)
-    if problems:
-        index = min(problems)
-        height, width, _ = problems[index]
-        raise ConfigError(
-            'data.image_size',
-            image_size,
-            f'not 0 for images of several sizes ({len(problems)} are not {image_shape[0]}x'
-            f'{image_shape[1]}: {files.paths[index]} is {height}x{width}); give the side in pixels '
-            'to which all are resized and cropped, such as 32',
-        )
+        listed = _some([damaged[index] for index in sorted(damaged)])
+        raise UserError(f'{len(damaged)} images cannot be read, replace or delete them: {listed}')
+    first = odd.get(min(odd, default=0))
+    require(
+        not odd,
+        'data.image_size',
+        image_size,
+        f'not 0 for images that differ in size ({len(odd)} are not {shape[0]}x{shape[1]}: '
+        f'{first}); give the side in pixels to which to resize and crop all of them, such as 32',
+    )
     return Examples(images, files.labels)
 
 
-def read_image(path: Path, image_size: int) -> np.ndarray:
-    """Reads one image, uint8 [H, W, 3], the way up that its EXIF data tell.
-
-    Args:
-      path: of the file.
-      image_size: n, to resize the shorter side to n pixels (bilinear, antialiased) and crop the
-        centre, n x n; 0 leaves the size alone.
-
-    Raises:
-      Exception: whatever the decoder of a damaged file raises.
-    """
-    with Image.open(path, formats=FORMATS) as file:
-        image = to_rgb(ImageOps.exif_transpose(file))
-    if image_size:
-        # Crops and resizes at once, which gives the same pixels but for rounding.
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB; transparency is dropped, and the 16 bits of grey images become 8."""
-    if image.mode.startswith('I'):
-        # PIL would clip the values at 255.
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    elif 'transparency' in image.info:
-        # PIL warns of a palette with transparency when it goes to RGB directly.
-        image = image.convert('RGBA')
-    return image.convert('RGB')
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
 
 
 def _list_split(folder: Path, names: Sequence[str], ignored: list[Path]) -> ImageFiles:
-    """The images of the classes `names`; what else lies there is added to `ignored`."""
+    """Lists the images of the classes `names`; adds all other files to `ignored`."""
     paths, labels = [], []
     ignored += [entry for entry in folder.iterdir() if not entry.is_dir()]
     for label, name in enumerate(names):
@@ -231,68 +240,13 @@ def _list_split(folder: Path, names: Sequence[str], ignored: list[Path]) -> Imag
     return ImageFiles(tuple(paths), np.array(labels, np.int32))
 
 
-def _counts(files: ImageFiles, names: Sequence[str]) -> np.ndarray:
-    return np.bincount(files.labels, minlength=len(names))
+def _some(items: Sequence[str]) -> str:
+    """Returns the first few items: "'a', 'b', 'c', 'd', 'e' (7 in all)"."""
+    shown = ', '.join(map(repr, items[:_NAMED]))
+    return shown + (f' ({len(items)} in all)' if len(items) > _NAMED else '')
 
 
-def _check_test(root: str, folder_name: str, test: ImageFiles, names: Sequence[str]) -> list[str]:
-    """Refuses test classes that train lacks, and returns a note of those that test lacks."""
-    entries = (Path(root).expanduser() / folder_name).iterdir()
-    unknown = sorted(entry.name for entry in entries if entry.is_dir() and entry.name not in names)
-    if unknown:
-        raise UserError(
-            f'data.root={root!r}: {_some(unknown, "class", "classes")} of {folder_name} that train '
-            'lacks'
-        )
-    if not len(test):
-        raise UserError(
-            f'data.root={root!r}: there is no image in {folder_name}: add some, or remove the '
-            'folder to hold out a share of train'
-        )
-    missing = [name for name, count in zip(names, _counts(test, names), strict=True) if not count]
-    return (
-        [f'{_some(missing, "class", "classes")} without an image in {folder_name}']
-        if missing
-        else []
-    )
-
-
-def _hold_out(
-    root: str, train: ImageFiles, names: Sequence[str], subset_seed: int
-) -> tuple[ImageFiles, ImageFiles]:
-    """Splits train into what remains and the held-out share of every class, at least one image."""
-    counts = _counts(train, names)
-    single = [name for name, count in zip(names, counts, strict=True) if count < 2]
-    if single:
-        raise UserError(
-            f'data.root={root!r}: {_some(single, "class", "classes")} with a single image, '
-            'and no folder test: one is for training, one for testing; add images, or a folder test'
-        )
-    score = random_bits(subset_seed, _HELD_OUT_STREAM, len(train))
-    held_out = np.zeros(len(train), bool)
-    for label, count in enumerate(counts):
-        members = np.flatnonzero(train.labels == label)
-        order = members[np.argsort(score[members], kind='stable')]
-        held_out[order[: max(round(HELD_OUT_SHARE * count), 1)]] = True
-    return train.take(np.flatnonzero(~held_out)), train.take(np.flatnonzero(held_out))
-
-
-def _some(items: Sequence[str], noun: str, plural: str) -> str:
-    """A count with the first few: "7 classes ('a', 'b', 'c', 'd', 'e', ...)"."""
-    shown = ', '.join(map(repr, items[:_NAMED])) + (', ...' if len(items) > _NAMED else '')
-    return f'{len(items)} {noun if len(items) == 1 else plural} ({shown})'
-
-
-def _damaged(damaged: Sequence[tuple[Path, Exception]]) -> UserError:
-    def reason(path: Path, error: Exception) -> str:
-        if path.is_file() and path.stat().st_size == 0:
-            return 'empty file'
-        if isinstance(error, OSError) and error.strerror:
-            return error.strerror
-        return (str(error).splitlines() or [type(error).__name__])[0].replace(str(path), 'file')
-
-    shown = ', '.join(f'{path} ({reason(path, error)})' for path, error in damaged[:_NAMED])
-    return UserError(
-        f'{len(damaged)} {"image" if len(damaged) == 1 else "images"} cannot be read: {shown}'
-        f'{", ..." if len(damaged) > _NAMED else ""}; replace or delete them'
-    )
+def _reason(path: Path, error: Exception) -> str:
+    if path.is_file() and path.stat().st_size == 0:
+        return 'empty file'
+    return str(error).partition('\n')[0].replace(str(path), 'file') or type(error).__name__

@@ -1,15 +1,22 @@
-"""Data sets in memory: a batch is a pure function of (seed, step), so resuming costs nothing."""
+"""Data sets in memory: batches, subsets of the training images, and generated images."""
 
 import dataclasses
+import functools
 import itertools
 import zlib
 from collections.abc import Iterator
 
 import numpy as np
+from ml_collections import config_dict
 
-from one_jax.errors import ConfigError
+from one_jax.data.batches import Batch, Batches, make_batch, random_bits, share
+from one_jax.data.table import DatasetSpec
+from one_jax.errors import require
 
-Batch = dict[str, np.ndarray]
+# Streams of random bits, see `batches.random_bits`.
+_PROTOTYPE_STREAM, _TRAIN_STREAM, _TEST_STREAM, _SUBSET_STREAM = (2**63 + i for i in range(4))
+# Rows and columns of single-colour squares in the prototype of a generated class.
+_SQUARES_PER_SIDE = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,131 +30,128 @@ class Examples:
         return len(self.labels)
 
     def checksum(self) -> int:
-        """Of all images and labels in their order; 1 s a gigabyte."""
+        """Returns a checksum of all images and labels in order; takes 1 s per gigabyte."""
         return zlib.crc32(self.labels.tobytes(), zlib.crc32(np.ascontiguousarray(self.images)))
 
     def take(self, indices: np.ndarray | slice) -> 'Examples':
-        """The examples at `indices` [M], in that order; of a slice, without a copy."""
+        """Returns the examples at `indices` [M], in that order; a slice makes no copy."""
         return Examples(self.images[indices], self.labels[indices])
 
 
-def random_bits(seed: int, stream: int, size: int) -> np.ndarray:
-    """Raw output of the Philox generator, uint64 [size], the same in every version of numpy.
-
-    Args:
-      seed: below 2**64.
-      stream: below 2**64; outputs of different (seed, stream) are independent. Epochs are streams,
-        so other uses count from 2**63 on.
-      size: how many numbers.
-    """
-    return np.random.Philox(key=np.array([seed, stream], np.uint64)).random_raw(size)
-
-
 def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order, int64 [n], in which `epoch` visits `n` examples.
+    """Returns the order, int64 [n], in which `epoch` visits `n` examples.
 
-    numpy promises the stream of a bit generator for ever, but not what `Generator.permutation`
-    makes of it: the order is the argsort of raw output.
+    It is the argsort of raw output: numpy guarantees the stream of a bit generator across versions,
+    but not `Generator.permutation`.
     """
     return np.argsort(random_bits(seed, epoch, n), kind='stable')
 
 
-class ResidentBatches:
-    """Shuffled training batches: every epoch visits each example at most once.
+class ResidentBatches(Batches):
+    """Shuffled training batches of examples in memory; see `Batches`."""
 
-    The N mod batch_size examples at the end of an epoch's order are left out, others every epoch,
-    so that all batches are whole.
-
-    Args:
-      examples: all of them, in every process.
-      batch_size: B, of the global batch.
-      seed: of the order.
-      process_index: of this process.
-      process_count: P; the global batch is split into P consecutive parts.
-
-    Raises:
-      ConfigError: there are fewer examples than `batch_size`, or P does not divide it.
-    """
-
-    def __init__(
-        self,
-        examples: Examples,
-        batch_size: int,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-    ):
-        if not 1 <= batch_size <= len(examples):
-            raise ConfigError(
-                'data.batch_size', batch_size, f'1 to {len(examples)}, the number of train images'
-            )
-        self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self._share = share('data.batch_size', batch_size, process_index, process_count)
-        self.steps_per_epoch = len(examples) // batch_size
-        self._order = (0, epoch_permutation(seed, 0, len(examples)))
-
-    def indices(self, step: int) -> np.ndarray:
-        """Which examples make up this process's part of the batch of a step, int64 [B / P]."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        cached_epoch, order = self._order
-        if cached_epoch != epoch:
-            order = epoch_permutation(self.seed, epoch, len(self.examples))
-            self._order = (epoch, order)
-        start = position * self.batch_size
-        return order[start + self._share.start : start + self._share.stop]
+    def __init__(self, examples: Examples, batch_size: int, seed: int):
+        order = functools.partial(epoch_permutation, seed, n=len(examples))
+        super().__init__(len(examples), order, batch_size)
+        self._examples = examples
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0 over all epochs.
-
-        Returns:
-          `image` uint8 [B / P, H, W, 3], `label` int32 [B / P] and `mask` float32 [B / P], ones.
-        """
-        return _batch(self.examples.take(self.indices(step)), len(self._share))
+        """Returns this process's part of the batch of a step, see `batches.make_batch`."""
+        examples = self._examples.take(self.indices(step))
+        return make_batch(examples.images, examples.labels, len(self.share))
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
-        """The batches of `first_step` and all after it."""
+        """Yields the batches of `first_step` and all steps after it."""
         return map(self.batch, itertools.count(first_step))
 
 
-def evaluation_batches(
-    examples: Examples, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
-    """Every example exactly once over all processes; the last batch is padded with zeros of mask 0.
+def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
+    """Yields every example exactly once over all processes, the last batch padded.
 
-    The arguments and errors are those of `ResidentBatches`.
-
-    Yields:
-      Batches as those of `ResidentBatches.batch`, all of the same shapes; every process yields the
-      same number of them.
+    Every process yields the same number of batches, all of one shape.
     """
-    own = share('data.eval_batch_size', batch_size, process_index, process_count)
+    own = share('data.eval_batch_size', batch_size)
     for start in range(0, len(examples), batch_size):
-        part = slice(start + own.start, start + own.stop)
-        yield _batch(examples.take(part), len(own))
+        part = examples.take(slice(start + own.start, start + own.stop))
+        yield make_batch(part.images, part.labels, len(own))
 
 
-def share(field: str, batch_size: int, process_index: int, process_count: int) -> range:
-    """The places of a global batch that are this process's.
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Computes mean and standard deviation of each channel of uint8 images, on the [0, 1] scale.
+
+    Both are exact, from counts of the 256 values. The deviation is at least 1 / 255, so that it can
+    be divided by.
+    """
+    values = np.arange(256) / 255
+    statistics = []
+    for channel in np.moveaxis(images, -1, 0):
+        counts = sum(np.bincount(image.ravel(), minlength=256) for image in channel)
+        mean = np.average(values, weights=counts)
+        variance = np.average((values - mean) ** 2, weights=counts)
+        statistics.append((float(mean), max(float(np.sqrt(variance)), 1 / 255)))
+    mean, std = zip(*statistics, strict=True)
+    return mean, std
+
+
+def class_ranks(labels: np.ndarray, seed: int, stream: int) -> np.ndarray:
+    """Returns the place, int64 [N], of every example in a random order of its class."""
+    counts = np.bincount(labels)
+    order = np.lexsort((random_bits(seed, stream, len(labels)), labels))
+    ranks = np.empty(len(labels), np.int64)
+    ranks[order] = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[order]]
+    return ranks
+
+
+def select(
+    train: Examples, num_classes: int, data_config: config_dict.ConfigDict
+) -> dict[str, Examples]:
+    """Splits training images into 'train' and, if some are held out, 'validation'.
+
+    Every class is put in one random order: training takes from its front, validation from its back.
+    So subsets are nested, and do not depend on how many images are held out.
 
     Raises:
-      ConfigError: the batch, the value of `field`, cannot be split evenly.
+      ConfigError: the smallest class has too few images, or no class has enough to hold one out.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise ConfigError(field, batch_size, f'a multiple of the {process_count} processes')
-    size = batch_size // process_count
-    return range(process_index * size, (process_index + 1) * size)
+    fraction, wanted = data_config.validation_fraction, data_config.examples_per_class
+    if not fraction and not wanted:
+        return {'train': train}
+    labels = train.labels
+    counts = np.bincount(labels, minlength=num_classes)
+    # At least one image of each class remains for training.
+    held_out = np.clip(np.rint(fraction * counts).astype(int), 0, np.maximum(counts - 1, 0))
+    allowed = f'0, or more: classes have {counts.max()} images'
+    require(not fraction or held_out.any(), 'data.validation_fraction', fraction, allowed)
+    remaining = counts - held_out
+    allowed = f'0 (all) to {remaining.min()}, the training images of the smallest class'
+    require(wanted <= remaining.min(), 'data.examples_per_class', wanted, allowed)
+    ranks = class_ranks(labels, data_config.subset_seed, _SUBSET_STREAM)
+    limit = wanted or remaining[labels]
+    selected = {'train': train.take(np.flatnonzero(ranks < limit))}
+    if fraction:
+        selected['validation'] = train.take(np.flatnonzero(ranks >= remaining[labels]))
+    return selected
 
 
-def _batch(examples: Examples, batch_size: int) -> Batch:
-    batch = {
-        'image': examples.images,
-        'label': examples.labels,
-        'mask': np.ones(len(examples), np.float32),
-    }
-    missing = batch_size - len(examples)
-    if missing:
-        batch = {
-            name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-            for name, array in batch.items()
-        }
-    return batch
+def generate(spec: DatasetSpec, split: str, seed: int) -> Examples:
+    """Generates a split of learnable images: half a prototype of the class, half noise.
+
+    A prototype is a coarse pattern of coloured squares, which small crops leave recognisable.
+    Prototypes do not depend on the seed. Labels are 0, 1, ... in turn.
+    """
+    height, width, channels = spec.image_shape
+    side = _SQUARES_PER_SIDE
+    squares = _random_bytes(0, _PROTOTYPE_STREAM, (spec.num_classes, side, side, channels))
+    rows, columns = np.arange(height) * side // height, np.arange(width) * side // width
+    train = spec.num_train, _TRAIN_STREAM
+    count, stream = train if split == 'train' else (spec.num_test, _TEST_STREAM)
+    labels = np.arange(count, dtype=np.int32) % spec.num_classes
+    images = _random_bytes(seed, stream, (count, *spec.image_shape)) // 2
+    # Only drawn classes are enlarged: a thousand large prototypes would take much memory.
+    images += squares[labels][:, rows[:, None], columns] // 2
+    return Examples(images, labels)
+
+
+def _random_bytes(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
+    size = int(np.prod(shape))
+    return random_bits(seed, stream, -(-size // 8)).view(np.uint8)[:size].reshape(shape)

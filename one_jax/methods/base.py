@@ -1,22 +1,25 @@
-"""The interface of a method, and the registry.
+"""The interface of a distillation method, and the registry.
 
-A method says which members there are, what their teacher is, which terms the loss has, and which
-member is deployed. It is never a trainer: the train step, the loop, evaluation and export are the
-same for all. docs/add_a_method.md walks through writing one.
+A method chooses the branches, their teacher, the terms of the loss and the branch to deploy. The
+train step, the loop, evaluation and export are the same for all methods. docs/add_a_method.md shows
+how to write one.
 """
 
+import dataclasses
 import importlib
 import math
 import pkgutil
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
 from one_jax import losses, models
-from one_jax.errors import ConfigError
+from one_jax.errors import require
 from one_jax.models.multibranch import Outputs
 
 Terms = dict[str, jax.Array]
@@ -24,16 +27,16 @@ Terms = dict[str, jax.Array]
 
 @struct.dataclass
 class Context:
-    """What a loss may look at beside the members' outputs.
+    """What a loss may use besides the network's outputs.
 
     Attributes:
-      labels: [B], integers; or target probabilities [B, C], where labels are smoothed or mixed.
+      labels: [B] integers, or [B, C] target probabilities (smoothed or mixed labels).
       mask: [B], 1 for an example and 0 for padding, or None.
-      progress: the completed epochs (a whole number) over all epochs, in [0, 1].
-      teacher_logits: of the N frozen teachers on the same images, [N, B, C], or None. They carry no
-        gradient.
+      progress: completed epochs (a whole number) over all epochs, in [0, 1].
+      teacher_logits: [N, B, C] from the N frozen teachers on the same images, without gradient, or
+        None.
       params: the parameters, `{'trunk': ..., 'head': ..., 'aggregator': ...}`.
-      method_state: what the method keeps from epoch to epoch, or None; see `Method.initial_state`.
+      method_state: see `Method.initial_state`, or None.
     """
 
     labels: jax.Array
@@ -44,262 +47,280 @@ class Context:
     method_state: Any = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """A distillation method: a subclass sets `name` and `defaults`, and defines `loss`.
+    """A distillation method with its settings.
 
-    Attributes:
-      name: what `config.method.name` says to get it.
-      defaults: the fields of `config.method` it reads, with its own default of each. A field is
-        there in every config, and setting one that the method does not read is an error.
-      default_branches: K, where `config.model.num_branches` does not say.
-      min_branches: the fewest branches it makes sense with.
-      max_branches: the most, or None.
-      default_share_stages: where `config.model.share_stages` does not say.
-      whole_networks: whether its members share no stage: `share_stages` must be 0.
-      alike_members: whether its members must be copies of one network.
-      shares_stem: whether members that share no stage still share the stem.
-      min_teachers: the fewest frozen teachers it needs.
-      max_teachers: the most, or None.
-      settings: the value of every field in `defaults` for this run.
-      members: the name of every member's network, K of them.
-      num_branches: K.
+    A subclass is decorated with `@register(name)`, which makes it a dataclass. Its own annotated
+    fields, with defaults, are its fields in `config.method`: bool, float, int, str or a `Literal`
+    of strings. Names imply ranges: 'temperature' is above 0, '*_weight' at least 0, '*_fraction'
+    between 0 and 1.
     """
 
+    # The network's name for each of the K branches, and the number of stages in the trunk.
+    branch_networks: tuple[str, ...]
+    share_stages: int
+
+    # The value of `config.method.name`.
     name: ClassVar[str]
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    # K where `config.model.num_branches` is None, and its range; None is no limit.
     default_branches: ClassVar[int] = 3
     min_branches: ClassVar[int] = 1
     max_branches: ClassVar[int | None] = None
+    # Used where `config.model.share_stages` is None.
     default_share_stages: ClassVar[int] = 2
-    whole_networks: ClassVar[bool] = False
-    alike_members: ClassVar[bool] = False
+    # Whether branches are whole networks; whether these still share the stem.
+    share_nothing: ClassVar[bool] = False
     shares_stem: ClassVar[bool] = False
+    # Whether all branches must be copies of one network.
+    identical_branches: ClassVar[bool] = False
+    # The number of frozen teachers, for a method with the field `teachers`.
     min_teachers: ClassVar[int] = 0
-    max_teachers: ClassVar[int | None] = 0
-
-    def __init__(self, config: Any):
-        """Reads and checks the fields of `config.method`, and those of `config.model` it decides.
-
-        Raises:
-          ConfigError: a field whose value the method cannot work with.
-        """
-        for field, value in config.method.items():
-            if field not in ('name', *self.defaults) and value is not None:
-                fields = ', '.join(self.defaults) or 'none'
-                allowed = f'None: method.name={self.name!r} reads {fields}'
-                raise ConfigError(f'method.{field}', value, allowed)
-        self.settings = {}
-        for field, default in self.defaults.items():
-            value = config.method.get(field)
-            self.settings[field] = default if value is None else value
-        self.members = self._members(config.model)
-        self.share_stages = self._share_stages(config.model)
-        self.validate()
+    max_teachers: ClassVar[int | None] = None
+    # Values of dotted config fields that the paper changes in every recipe, and config options of
+    # the method, each with such values.
+    recipe: ClassVar[Mapping[str, Any]] = {}
+    options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @property
     def num_branches(self) -> int:
-        return len(self.members)
+        return len(self.branch_networks)
 
     @property
-    def teachers(self) -> tuple[str, ...]:
-        """The folders of the frozen teachers, exported students."""
-        return tuple(filter(None, self.settings.get('teachers', '').split(',')))
+    def settings(self) -> dict[str, Any]:
+        """The value of each field that the method reads from `config.method`."""
+        return {field: getattr(self, field) for field in defaults(type(self))}
 
-    def _members(self, model: Any) -> tuple[str, ...]:
-        wanted, unlike = model.num_branches, tuple(filter(None, model.members.split(',')))
-        if not unlike:
-            wanted = self.default_branches if wanted is None else wanted
-            self._check_number('model.num_branches', wanted, self.min_branches, self.max_branches)
-            return self.member_networks(model.name, wanted)
-        if wanted not in (None, len(unlike)):
-            allowed = f'None or {len(unlike)}, the number of model.members={model.members!r}'
-            raise ConfigError('model.num_branches', wanted, allowed)
-        if self.alike_members and len(set(unlike)) > 1:
-            allowed = f'copies of one network for method.name={self.name!r}'
-            raise ConfigError('model.members', model.members, allowed)
-        self._check_number('model.members', len(unlike), self.min_branches, self.max_branches)
-        return unlike
+    @property
+    def teacher_folders(self) -> tuple[str, ...]:
+        """The folders of the frozen teachers: exported students."""
+        return _split(self.settings.get('teachers', ''))
 
-    def _share_stages(self, model: Any) -> int:
-        unlike = self.whole_networks or len(set(self.members)) > 1
-        share_stages = model.share_stages
-        if share_stages is None:
-            share_stages = 0 if unlike else self.default_share_stages
-        if unlike and share_stages:
-            reason = 'members are whole networks' if self.whole_networks else 'members are unlike'
-            allowed = f'0 or None: with method.name={self.name!r} the {reason}'
-            raise ConfigError('model.share_stages', share_stages, allowed)
-        for name in dict.fromkeys(self.members):
-            num_stages = models.network(name)(num_classes=2).num_stages
-            if not 0 <= share_stages < num_stages:
-                raise ConfigError(
-                    'model.share_stages',
-                    share_stages,
-                    f'0 to {num_stages - 1}: {name} has {num_stages} stages, and a branch '
-                    'needs one of its own',
-                )
-        return share_stages
-
-    def _check_number(self, field: str, number: int, least: int, most: int | None) -> None:
-        if number < least or (most is not None and number > most):
-            allowed = f'exactly {least}' if least == most else f'at least {least}'
-            if most is not None and most != least:
-                allowed += f' and at most {most}'
-            raise ConfigError(field, number, f'{allowed} for method.name={self.name!r}')
-
-    def validate(self) -> None:
-        """Raises `ConfigError` for what the method does not allow; a subclass may add checks.
-
-        Those here are of the fields that several methods share.
-        """
-        self.check_range('temperature', above=0)
-        self.check_range('distill_weight')
-        self.check_range('rampup_fraction', most=1)
-        if 'teachers' in self.defaults:
-            least, most = self.min_teachers, self.max_teachers
-            if len(self.teachers) < least or (most is not None and len(self.teachers) > most):
-                number = least if least == most else f'{least} or more'
-                raise ConfigError(
-                    'method.teachers',
-                    self.settings['teachers'],
-                    f'{number} folders of exported students, separated by commas, for '
-                    f'method.name={self.name!r}: --config.method.teachers=DIR,DIR',
-                )
-
-    def check_range(
-        self, field: str, least: float = 0, most: float = math.inf, above: float | None = None
-    ) -> None:
-        """Raises `ConfigError` if the method has this field and its value is out of the range.
-
-        Args:
-          field: of `config.method`.
-          least: the smallest value allowed.
-          most: the largest.
-          above: a bound that is itself not allowed, in place of `least`.
-        """
-        value = self.settings.get(field)
-        if value is None:
-            return
-        inside = value >= least if above is None else value > above
-        if not (inside and value <= most and math.isfinite(value)):
-            allowed = f'at least {least}' if above is None else f'above {above}'
-            if math.isfinite(most):
-                allowed = f'{least} to {most}' if above is None else f'{allowed}, at most {most}'
-            raise ConfigError(f'method.{field}', value, allowed)
-
-    def check_choice(self, field: str, choices: tuple[str, ...]) -> None:
-        """Raises `ConfigError` if the value of a field is none of `choices`."""
-        if self.settings[field] not in choices:
-            raise ConfigError(f'method.{field}', self.settings[field], choices)
-
-    def member_networks(self, name: str, num_branches: int) -> tuple[str, ...]:
-        """The networks of the members: copies of `config.model.name`, if a method says nothing."""
+    @classmethod
+    def default_branch_networks(cls, name: str, num_branches: int) -> tuple[str, ...]:
+        """The branches' networks where the config lists none: copies of `config.model.name`."""
         return (name,) * num_branches
 
     @property
     def make_aggregator(self) -> Callable[..., nn.Module] | None:
-        """A constructor of the module that makes the teacher, or None.
-
-        It is called with `dtype`, `norm_axis_name` and `name`; the module's call is that of
-        `aggregators.Gate`.
-        """
+        """A constructor of the module that computes the teacher, or None; see `Gate`."""
         return None
 
     @property
     def trunk_gradient(self) -> float:
-        """The factor of the gradient that the members send into the trunk."""
+        """A factor on the gradient from the branches into the trunk."""
         return 1.0
 
     @property
-    def augments_members(self) -> bool:
-        """Whether every member sees its own random crop of each image (nothing is shared then)."""
+    def augments_branches(self) -> bool:
+        """Whether each branch sees its own random crops; this requires `share_stages=0`."""
         return False
 
     @property
-    def needs_validation(self) -> bool:
-        """Whether `refresh` wants held-out images: `config.data.validation_fraction` above 0."""
+    def uses_validation(self) -> bool:
+        """Whether `state_from_validation` is called before every epoch."""
         return False
 
     @property
     def deployed(self) -> str:
-        """What is taken away in the end: 'branch N' or 'ensemble'."""
+        """What is exported by default: 'branch N' or 'ensemble'."""
         return 'branch 0'
 
-    def loss(self, outputs: Outputs, context: Context) -> tuple[jax.Array, Terms]:
-        """The training loss and its terms.
+    def targets(self, outputs: Outputs, context: Context) -> jax.Array | None:
+        """Computes the branches' targets in the default `loss`, which stops no gradient.
 
-        Args:
-          outputs: of the network, logits [K, B, C].
-          context: labels, mask, progress, and what some methods need beside them.
+        Returns:
+          Logits [K, B, C], or [1, B, C] for one target; None to learn from the labels alone.
+        """
+        return None
+
+    def divergence(self, targets: jax.Array, logits: jax.Array, context: Context) -> jax.Array:
+        """Computes KL_T(target || branch) in the default `loss`, [K, B] for logits [K, B, C]."""
+        targets = jnp.broadcast_to(targets, logits.shape)
+        return losses.kl_divergence(targets, logits, self.temperature)
+
+    def loss(self, outputs: Outputs, context: Context) -> tuple[jax.Array, Terms]:
+        """Computes the training loss. The default is
+
+            sum over branches of CE(branch) + w KL_T(target || branch)
+
+        with `targets`, `divergence`, and T and w from the fields `temperature`, `distill_weight`
+        and `rampup_fraction`.
 
         Returns:
           The scalar to minimise, and the terms to record, each a scalar or [K].
         """
-        raise TypeError(f'{type(self).__name__} must define its loss')
+        return self.distillation_loss(outputs, context, self.targets(outputs, context))
+
+    def distillation_loss(
+        self, outputs: Outputs, context: Context, targets: jax.Array | None
+    ) -> tuple[jax.Array, Terms]:
+        """Computes the default `loss` for given `targets`."""
+        cross_entropy = losses.cross_entropy(outputs.logits, context.labels)
+        cross_entropy = losses.batch_mean(cross_entropy, context.mask)
+        if targets is None:
+            return cross_entropy.sum(), {'branch_cross_entropy': cross_entropy}
+        divergence = self.divergence(targets, outputs.logits, context)
+        distillation = losses.batch_mean(divergence, context.mask)
+        weight = self.ramped_weight(context.progress)
+        loss = cross_entropy.sum() + weight * distillation.sum()
+        return loss, {
+            'branch_cross_entropy': cross_entropy,
+            'distillation': distillation,
+            'distill_weight': weight,
+        }
+
+    def ramped_weight(self, progress: jax.typing.ArrayLike) -> jax.Array:
+        """Computes `distill_weight` times the ramp."""
+        return self.distill_weight * losses.sigmoid_rampup(progress, self.rampup_fraction)
 
     def initial_state(self) -> Any:
-        """A pytree of arrays that `refresh` makes anew at the start of every epoch, or None."""
+        """Returns the state that `state_from_validation` replaces, a pytree of arrays, or None."""
         return None
 
-    def held_out_sums(self, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Any:
-        """Sums over a batch of held-out images, of which `refresh` gets the total.
-
-        Args:
-          logits: [K, B, C], in evaluation mode.
-          labels: [B].
-          mask: [B].
+    def validation_statistics(self, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Any:
+        """Computes sums over a batch of held-out images, from logits [K, B, C] in evaluation mode,
+        labels [B] and mask [B].
         """
-        raise TypeError(f'{type(self).__name__} must define its held_out_sums')
+        raise NotImplementedError
 
-    def refresh(self, sums: Any) -> Any:
-        """The next epoch's state, from the total of `held_out_sums` over all held-out images."""
-        raise TypeError(f'{type(self).__name__} must define its refresh')
+    def state_from_validation(self, statistics: Any) -> Any:
+        """Computes the next epoch's state from the total of all `validation_statistics`."""
+        raise NotImplementedError
 
-    def distill_weight(self, progress: jax.typing.ArrayLike) -> jax.Array:
-        """The weight of the distillation term: `distill_weight` times the ramp."""
-        ramp = losses.sigmoid_rampup(progress, self.settings['rampup_fraction'])
-        return self.settings['distill_weight'] * ramp
+    def validate(self) -> None:
+        """Checks the settings; a subclass may add checks with `errors.require`.
+
+        Raises:
+          ConfigError: a value that is not allowed.
+        """
+        types = typing.get_type_hints(type(self))
+        for field, value in self.settings.items():
+            if typing.get_origin(types[field]) is typing.Literal:
+                choices = typing.get_args(types[field])
+                require(value in choices, f'method.{field}', value, choices)
+            elif types[field] is float:
+                _check_range(field, value)
+        if 'teachers' in self.settings:
+            least, most = self.min_teachers, self.max_teachers
+            number = least if least == most else f'{least} or more'
+            require(
+                least <= len(self.teacher_folders) <= (most or math.inf),
+                'method.teachers',
+                self.settings['teachers'],
+                f'{number} folders of exported students, separated by commas, for '
+                f'method.name={self.name!r}: --config.method.teachers=DIR,DIR',
+            )
+
+
+def _check_range(field: str, value: float) -> None:
+    inside, allowed = True, 'finite'
+    if field == 'temperature':
+        inside, allowed = value > 0, 'above 0'
+    elif field.endswith('_weight'):
+        inside, allowed = value >= 0, 'at least 0'
+    elif field.endswith('_fraction'):
+        inside, allowed = 0 <= value <= 1, '0 to 1'
+    require(inside and math.isfinite(value), f'method.{field}', value, allowed)
 
 
 _REGISTRY: dict[str, type[Method]] = {}
 
 
-def register(method: type[Method]) -> type[Method]:
-    """Class decorator: makes a method available as `config.method.name=<its name>`."""
-    if _REGISTRY.setdefault(method.name, method) is not method:
-        raise ValueError(f'two methods are called {method.name!r}')
-    return method
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: makes a frozen dataclass, available as `config.method.name=<name>`."""
+
+    def decorate(method: type[Method]) -> type[Method]:
+        method = dataclasses.dataclass(frozen=True, kw_only=True)(method)
+        method.name = name
+        if _REGISTRY.setdefault(name, method) is not method:
+            raise ValueError(f'two methods have the name {name!r}')
+        return method
+
+    return decorate
 
 
 def registered() -> dict[str, type[Method]]:
-    """Every method by name; the modules of this package register themselves on import."""
+    """Returns every method by name; importing a module of this package registers its methods."""
     package = importlib.import_module(__package__)
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f'{__package__}.{module.name}')
     return dict(sorted(_REGISTRY.items()))
 
 
-def fields() -> dict[str, type]:
-    """The fields of `config.method` that some method reads, and their types.
+def defaults(method: type[Method]) -> dict[str, Any]:
+    """Returns the default of each field that `method` reads from `config.method`."""
+    structure = {field.name for field in dataclasses.fields(Method)}
+    own = [field for field in dataclasses.fields(method) if field.name not in structure]
+    return {field.name: field.default for field in own}
 
-    Raises:
-      ValueError: two methods give one field defaults of different types.
-    """
-    types: dict[str, type] = {}
-    for method in registered().values():
-        for field, default in method.defaults.items():
-            if types.setdefault(field, type(default)) is not type(default):
-                raise ValueError(f'{field!r} is {types[field]} and, in {method.name!r}, another')
-    return types
+
+def fields() -> dict[str, type]:
+    """Returns the type of every field of `config.method` that some method reads."""
+    return {
+        field: type(default)
+        for method in registered().values()
+        for field, default in defaults(method).items()
+    }
 
 
 def create(config: Any) -> Method:
-    """The method that `config` asks for, with its settings.
+    """Creates the method that `config.method` and `config.model` describe.
 
     Raises:
-      ConfigError: the method is unknown, or a field does not suit it.
+      ConfigError: the method is unknown, or a field's value is not allowed.
     """
     methods = registered()
-    if config.method.name not in methods:
-        raise ConfigError('method.name', config.method.name, methods)
-    return methods[config.method.name](config)
+    require(config.method.name in methods, 'method.name', config.method.name, methods)
+    kind = methods[config.method.name]
+    given = {k: v for k, v in config.method.items() if k != 'name' and v is not None}
+    for field, value in given.items():
+        reads = ', '.join(defaults(kind)) or 'none'
+        allowed = f'None: method.name={kind.name!r} reads {reads}'
+        require(field in defaults(kind), f'method.{field}', value, allowed)
+    networks = _branch_networks(kind, config.model)
+    share_stages = _share_stages(kind, networks, config.model.share_stages)
+    method = kind(branch_networks=networks, share_stages=share_stages, **given)
+    method.validate()
+    return method
+
+
+def _branch_networks(kind: type[Method], model: Any) -> tuple[str, ...]:
+    networks, number = _split(model.branch_networks), model.num_branches
+    if networks:
+        field, value = 'model.branch_networks', model.branch_networks
+        allowed = f'None or {len(networks)}, the number of {field}={value!r}'
+        require(number in (None, len(networks)), 'model.num_branches', number, allowed)
+        identical = len(set(networks)) == 1 or not kind.identical_branches
+        require(identical, field, value, f'copies of one network for method.name={kind.name!r}')
+        number = len(networks)
+    else:
+        number = kind.default_branches if number is None else number
+        field, value = 'model.num_branches', number
+    least, most = kind.min_branches, kind.max_branches
+    allowed = f'exactly {least}' if least == most else f'at least {least}'
+    if most not in (None, least):
+        allowed += f' and at most {most}'
+    inside = least <= number <= (most or math.inf)
+    require(inside, field, value, f'{allowed} for method.name={kind.name!r}')
+    return networks or kind.default_branch_networks(model.name, number)
+
+
+def _share_stages(kind: type[Method], networks: tuple[str, ...], share_stages: int | None) -> int:
+    field = 'model.share_stages'
+    whole = kind.share_nothing or len(set(networks)) > 1
+    if share_stages is None:
+        share_stages = 0 if whole else kind.default_share_stages
+    reason = 'branches are whole networks' if kind.share_nothing else 'branches are heterogeneous'
+    allowed = f'0 or None: with method.name={kind.name!r} the {reason}'
+    require(not (whole and share_stages), field, share_stages, allowed)
+    for name in dict.fromkeys(networks):
+        stages = models.network(name)(num_classes=2).num_stages
+        allowed = f'0 to {stages - 1}: {name} has {stages} stages, and a branch needs at least one'
+        require(0 <= share_stages < stages, field, share_stages, allowed)
+    return share_stages
+
+
+def _split(names: str) -> tuple[str, ...]:
+    return tuple(filter(None, names.split(',')))

@@ -1,6 +1,6 @@
 """KDCL, knowledge distillation via collaborative learning (Guo et al., CVPR 2020)."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,101 +11,79 @@ from one_jax import losses
 from one_jax.methods.base import Context, Method, Terms, register
 from one_jax.models.multibranch import Outputs
 
-TEACHERS = ('naive', 'linear', 'min_logit', 'general')
-# Added to the diagonal of the error covariance, relative to the mean of the diagonal. It keeps the
-# weights of members that are still nearly equal finite, and near to uniform.
+# Added to the diagonal of the error covariance, relative to the mean of the diagonal. Keeps the
+# weights of nearly equal branches finite and near uniform.
 RIDGE = 0.01
-# The barrier of 'linear' in its successive Newton steps, in nats: the last is how near the
-# cross-entropy comes to its least value, for each member.
-BARRIERS = np.concatenate([np.geomspace(0.1, 1e-5, 16), np.full(4, 1e-5)]).astype(np.float32)
-# Halvings of the interval in which the length of a Newton step lies.
-HALVINGS = 12
+# Updates in `linear_weights`.
+UPDATES = 100
 
 
-@register
+@register('kdcl')
 class Kdcl(Method):
     """Whole networks that learn from the labels and from one teacher made of all their logits.
 
-    With z_i the logits of member i and t those of the teacher, a constant:
+    With z_i the logits of network i and t the teacher's, a constant:
 
         sum over i of CE(z_i) + KL(t || z_i)
 
-    The members are started apart, may be unlike, and see different crops of the same images.
+    The networks start from different random numbers, may be heterogeneous, and see different crops
+    of the same images.
     """
 
-    name = 'kdcl'
-    defaults = {  # noqa: RUF012
-        'temperature': 2.0,
-        'distill_weight': 1.0,
-        # The paper has no ramp.
-        'rampup_fraction': 0.0,
-        # 'naive' (the best member on each image), 'linear' (the best convex combination on each
-        # image), 'min_logit' (every class as far below the true one as any member has it) or
-        # 'general' (weights from the members' errors on held-out images, made anew every epoch;
-        # they may be negative).
-        'teacher': 'min_logit',
-        # Whether every member sees its own random crop of each image; if not, all see the same.
-        'own_augmentation': True,
-    }
+    temperature: float = 2.0
+    distill_weight: float = 1.0
+    # The paper has no ramp.
+    rampup_fraction: float = 0.0
+    # 'naive' (the best network on each image), 'linear' (the best convex combination on each
+    # image), 'min_logit' (each class at its largest distance below the true one in any network) or
+    # 'general' (weights from the networks' errors on held-out images, updated every epoch; they may
+    # be negative).
+    teacher: Literal['naive', 'linear', 'min_logit', 'general'] = 'min_logit'
+    # Whether each network sees its own random crop of each image; otherwise all see the same.
+    own_augmentation: bool = True
+
     default_branches = 2
     min_branches = 2
-    whole_networks = True
-
-    def validate(self) -> None:
-        super().validate()
-        self.check_choice('teacher', TEACHERS)
+    share_nothing = True
 
     @property
-    def augments_members(self) -> bool:
-        return self.settings['own_augmentation']
+    def augments_branches(self) -> bool:
+        return self.own_augmentation
 
     @property
-    def needs_validation(self) -> bool:
-        return self.settings['teacher'] == 'general'
+    def uses_validation(self) -> bool:
+        return self.teacher == 'general'
 
     def loss(self, outputs: Outputs, context: Context) -> tuple[jax.Array, Terms]:
-        logits = jnp.asarray(outputs.logits)
-        target, weights = self._teacher(lax.stop_gradient(logits), context)
-        divergence = losses.kl_divergence(
-            jnp.broadcast_to(target, logits.shape), logits, self.settings['temperature']
-        )
-        branch = losses.cross_entropy(logits, context.labels)
-        distill_weight = self.distill_weight(context.progress)
-        terms = {
-            'branch_cross_entropy': losses.batch_mean(branch, context.mask),
-            'distillation': losses.batch_mean(divergence, context.mask),
-        }
-        loss = terms['branch_cross_entropy'].sum() + distill_weight * terms['distillation'].sum()
-        terms['distill_weight'] = distill_weight
-        if weights is not None:
-            terms['teacher_weights'] = losses.batch_mean(weights.T, context.mask)
-        return loss, terms
+        logits = lax.stop_gradient(outputs.logits)
+        if self.teacher == 'min_logit':
+            target = min_logit_target(logits, context.labels)
+            return self.distillation_loss(outputs, context, target[None])
+        weights = self._weights(logits, context)
+        target = losses.ensemble_logits(logits, weights)
+        loss, terms = self.distillation_loss(outputs, context, target[None])
+        return loss, {**terms, 'teacher_weights': losses.batch_mean(weights.T, context.mask)}
 
-    def _teacher(self, logits: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
-        """The teacher's logits [B, C], and the members' weights in them [B, K] if it has any."""
-        if self.settings['teacher'] == 'min_logit':
-            return min_logit_target(logits, context.labels), None
-        if self.settings['teacher'] == 'naive':
-            weights = naive_weights(logits, context.labels)
-        elif self.settings['teacher'] == 'linear':
-            weights = linear_weights(logits, context.labels)
-        else:
-            shape = logits.shape[1], logits.shape[0]
-            weights = jnp.broadcast_to(context.method_state['weights'][None], shape)
-        return losses.ensemble_logits(logits, weights), weights
+    def _weights(self, logits: jax.Array, context: Context) -> jax.Array:
+        """Returns the networks' weights in the teacher, [B, K]."""
+        if self.teacher == 'naive':
+            return naive_weights(logits, context.labels)
+        if self.teacher == 'linear':
+            return linear_weights(logits, context.labels)
+        return jnp.broadcast_to(context.method_state['weights'][None], logits.shape[1::-1])
 
     def initial_state(self) -> Any:
-        """Uniform weights [K] for 'general'; the other teachers keep nothing."""
-        if not self.needs_validation:
+        """Returns uniform weights [K] for 'general'; the other teachers have no state."""
+        if not self.uses_validation:
             return None
         return {'weights': jnp.full(self.num_branches, 1 / self.num_branches, jnp.float32)}
 
-    def held_out_sums(self, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Any:
-        """The sums that make the error covariance; the arguments are those of `Method`.
+    def validation_statistics(self, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Any:
+        """Computes the sums behind the covariance of the networks' errors.
 
         Returns:
-          'products', [K, K], of the members' errors (probabilities less the one-hot label) with
-          each other, summed over classes and examples; and the number of 'examples'.
+          'products' [K, K]: inner products of the errors (probabilities minus the one-hot label),
+          summed over examples; and the number of 'examples'.
         """
         errors = jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1])[None]
         valid = mask.astype(bool)
@@ -113,40 +91,26 @@ class Kdcl(Method):
         products = jnp.einsum('ibc,jbc->ij', errors, errors, precision=lax.Precision.HIGHEST)
         return {'products': products, 'examples': valid.sum()}
 
-    def refresh(self, sums: Any) -> Any:
-        covariance = np.asarray(sums['products'], np.float64) / np.asarray(sums['examples'])
+    def state_from_validation(self, statistics: Any) -> Any:
+        examples = np.asarray(statistics['examples'])
+        covariance = np.asarray(statistics['products'], np.float64) / examples
         return {'weights': general_weights(covariance).astype(np.float32)}
 
 
 def naive_weights(logits: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) -> jax.Array:
-    """1 for the member whose cross-entropy is least on the image, 0 for the others (section 3.2).
-
-    Args:
-      logits: [K, B, C].
-      labels: [B], integers, or [B, C], target probabilities.
-
-    Returns:
-      [B, K].
-    """
+    """Returns weights [B, K]: 1 for the network with the smallest cross-entropy on the image."""
     logits = jnp.asarray(logits)
     best = losses.cross_entropy(logits, labels).argmin(axis=0)
     return jax.nn.one_hot(best, len(logits), dtype=logits.dtype)
 
 
 def min_logit_target(logits: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) -> jax.Array:
-    """For each class, its logit less that of the true class, in the member where that is least.
+    """Computes for each class its smallest logit relative to the true class, over the networks.
 
         t[k] = min over i of (z_i[k] - z_i[y])
 
-    No member gives the true class a higher probability than this teacher does. A mixed or smoothed
-    label has no one true class: its most probable class counts as the true one.
-
-    Args:
-      logits: [K, B, C].
-      labels: [B], integers, or [B, C], target probabilities.
-
-    Returns:
-      [B, C], 0 at the true class.
+    No network gives the true class a higher probability than this teacher, [B, C]. For mixed or
+    smoothed labels, the most probable class counts as the true one.
     """
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     true_class = labels.argmax(axis=-1) if labels.ndim == 2 else labels
@@ -155,114 +119,58 @@ def min_logit_target(logits: jax.typing.ArrayLike, labels: jax.typing.ArrayLike)
 
 
 def linear_weights(logits: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) -> jax.Array:
-    """The convex weights whose sum of logits has the least cross-entropy, for each image alone.
+    """Finds the convex weights whose sum of logits has the smallest cross-entropy on each image.
 
-    The problem is convex. It is solved by a barrier method (Boyd and Vandenberghe, Convex
-    Optimization, section 11.3): a fixed number of Newton steps on the cross-entropy less a barrier
-    times the sum of the weights' logarithms, with the barrier falling from step to step and an
-    exact line search. The result is within K times the last barrier, 1e-5 nats, of the least value.
+    Exponentiated gradient (Kivinen and Warmuth 1997) with momentum: a fixed number of
+    multiplicative updates. A step that raises an image's cross-entropy is not taken; the next one
+    is shorter and starts without momentum. On logits of ordinary networks the result is within 1e-3
+    nats of the minimum, and nearly always within 1e-5; with six networks whose logits have standard
+    deviation 12, within 0.01.
 
     Args:
-      logits: [K, B, C], finite.
-      labels: [B], integers, or [B, C], target probabilities.
+      logits: [K, B, C].
+      labels: [B] integers, or [B, C] target probabilities.
 
     Returns:
-      [B, K], above 0, with sum 1.
+      [B, K], at least 0, with sum 1.
     """
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-    num_members, _, num_classes = logits.shape
     if labels.ndim == 1:
-        labels = jax.nn.one_hot(labels, num_classes)
+        labels = jax.nn.one_hot(labels, logits.shape[-1])
     labels = labels.astype(logits.dtype)
-    barriers = jnp.asarray(BARRIERS, logits.dtype)
 
-    def newton_step(index: jax.Array, weights: jax.Array) -> jax.Array:
-        mixture = losses.ensemble_logits(logits, weights)
-        relative = _newton_direction(logits, mixture, labels, weights, barriers[index])
-        direction = losses.ensemble_logits(logits, weights * relative)
-        step = _best_step(mixture, direction, labels, relative, barriers[index])
-        weights = weights * (1 + step[:, None] * relative)
-        return weights / weights.sum(axis=-1, keepdims=True)
+    def mix(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mixture = losses.ensemble_logits(logits, jax.nn.softmax(scores))
+        return mixture, losses.cross_entropy(mixture, labels)
 
-    start = (naive_weights(logits, labels) + 1 / num_members) / 2
-    return lax.fori_loop(0, len(BARRIERS), newton_step, start)
+    def update(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        scores, velocity, step = state
+        mixture, before = mix(scores)
+        gradient = ((jax.nn.softmax(mixture) - labels)[None] * logits).sum(axis=-1).T
+        gradient -= (jax.nn.softmax(scores) * gradient).sum(axis=-1, keepdims=True)
+        velocity = 0.9 * velocity - step * gradient
+        better = (mix(scores + velocity)[1] <= before)[:, None]
+        velocity = jnp.where(better, velocity, 0)
+        return scores + velocity, velocity, step * jnp.where(better, 1.1, 0.3)
 
-
-def _newton_direction(
-    logits: jax.Array, mixture: jax.Array, labels: jax.Array, weights: jax.Array, barrier: jax.Array
-) -> jax.Array:
-    """The Newton direction relative to the weights, [B, K]: the weights change in proportion.
-
-    The member with the largest weight gives what the others get, so that the weights' sum stays.
-    In these coordinates the barrier's Hessian is near a multiple of the identity, and float32 is
-    enough.
-    """
-    giver = jax.nn.one_hot(weights.argmax(axis=-1), len(logits), dtype=logits.dtype)
-    share = (1 - giver) * weights / weights.max(axis=-1, keepdims=True)
-    changes = weights.T[:, :, None] * (logits - losses.ensemble_logits(logits, giver)[None])
-    probabilities = jax.nn.softmax(mixture)
-    gradient = (changes * (probabilities - labels)[None]).sum(axis=-1).T
-    gradient -= barrier * (1 - giver - share)
-    # Deviations from the mean first: a difference of large second moments would not be positive.
-    mean = (changes * probabilities[None]).sum(axis=-1, keepdims=True)
-    deviations = (changes - mean) * jnp.sqrt(probabilities)[None]
-    hessian = jnp.einsum('ibc,jbc->bij', deviations, deviations, precision=lax.Precision.HIGHEST)
-    identity = jnp.eye(len(logits), dtype=logits.dtype)[None]
-    hessian += barrier * (identity + share[:, :, None] * share[:, None, :])
-    relative = -jnp.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
-    return relative - giver * (share * relative).sum(axis=-1, keepdims=True)
-
-
-def _best_step(
-    mixture: jax.Array,
-    direction: jax.Array,
-    labels: jax.Array,
-    relative: jax.Array,
-    barrier: jax.Array,
-) -> jax.Array:
-    """The length of the Newton step with the least cross-entropy and barrier, by bisection.
-
-    Args:
-      mixture: logits at length 0, [B, C].
-      direction: their change by a step of length 1, [B, C].
-      labels: target probabilities, [B, C].
-      relative: the change of each weight by a step of length 1 over the weight, [B, K].
-      barrier: a scalar.
-
-    Returns:
-      [B], at least 0, at most 2, and such that no weight falls to 0.
-    """
-
-    def slope(step: jax.Array) -> jax.Array:
-        step = step[:, None]
-        residual = jax.nn.softmax(mixture + step * direction) - labels
-        walls = barrier * (relative / (1 + step * relative)).sum(axis=-1)
-        return (residual * direction).sum(axis=-1) - walls
-
-    def halve(number: jax.Array, step: jax.Array) -> jax.Array:
-        return step - jnp.sign(slope(step)) * most * 0.5 ** (number + 2)
-
-    most = 0.999 / jnp.maximum(-relative.min(axis=-1), 0.5)
-    return lax.fori_loop(0, HALVINGS, halve, most / 2)
+    spread = (logits.max(axis=0) - logits.min(axis=0)).max(axis=-1)
+    start = jnp.zeros_like(logits[:, :, 0].T)
+    step = 1 / jnp.maximum(spread, 1e-6)[:, None]
+    scores, *_ = lax.fori_loop(0, UPDATES, update, (start, start, step))
+    return jax.nn.softmax(scores)
 
 
 def general_weights(covariance: np.ndarray) -> np.ndarray:
-    """The weights, of sum 1, that make the expected squared error of the combination least.
+    """Computes the weights, with sum 1, that minimise the combination's expected squared error.
 
         w = C^-1 1 / (1' C^-1 1)
 
-    with C the covariance and `RIDGE` times the mean of its diagonal added to that diagonal.
-
-    Args:
-      covariance: of the members' errors, [K, K].
-
-    Returns:
-      [K]; uniform where no member makes any error.
+    where C is the covariance [K, K] of the networks' errors, with `RIDGE` times its mean diagonal
+    added to the diagonal. The weights [K] are uniform if no network makes any error.
     """
-    num_members = len(covariance)
-    scale = np.trace(covariance) / num_members
+    number = len(covariance)
+    scale = np.trace(covariance) / number
     if scale == 0:
-        return np.full(num_members, 1 / num_members)
-    regular = covariance / scale + RIDGE * np.eye(num_members)
-    solution = np.linalg.solve(regular, np.ones(num_members))
+        return np.full(number, 1 / number)
+    solution = np.linalg.solve(covariance / scale + RIDGE * np.eye(number), np.ones(number))
     return solution / solution.sum()

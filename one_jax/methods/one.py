@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 from flax import linen as nn
@@ -12,56 +13,46 @@ from one_jax.models.aggregators import Gate, Mean
 from one_jax.models.multibranch import Outputs
 
 
-@register
+@register('one')
 class One(Method):
     """Branches that learn from the labels and from their gated ensemble (equations 3 to 7).
 
     The paper's ablations: `distill_weight=0` (no online distillation), `model.share_stages=0` (no
-    sharing; the gate then sees the image), `teacher='mean'` (no gate), `model.num_branches` 1 to 5.
-    One branch is the plain network with one cross-entropy, as in the paper's table; there is no
-    teacher then.
+    sharing; the gate sees the image), `teacher='mean'` (no gate), `model.num_branches` 1 to 5. One
+    branch is the plain network without a teacher, as in the paper's table.
     """
 
-    name = 'one'
-    defaults = {  # noqa: RUF012
-        'temperature': 3.0,
-        'distill_weight': 1.0,
-        # 80 of the paper's 300 epochs; 0 is no ramp.
-        'rampup_fraction': 80 / 300,
-        # 'gate' (learnt weights for each image) or 'mean' (uniform weights).
-        'teacher': 'gate',
-        # Whether the teacher is a constant in the divergence; if not, it is pulled to the branches.
-        'detach_teacher': True,
-    }
-
-    def validate(self) -> None:
-        super().validate()
-        self.check_choice('teacher', ('gate', 'mean'))
+    temperature: float = 3.0
+    distill_weight: float = 1.0
+    # 80 of the paper's 300 epochs; 0 is no ramp.
+    rampup_fraction: float = 80 / 300
+    # 'gate' (learned weights for each image) or 'mean' (uniform weights).
+    teacher: Literal['gate', 'mean'] = 'gate'
+    # Whether the teacher is a constant in the divergence; otherwise it is pulled to the branches.
+    detach_teacher: bool = True
 
     @property
     def make_aggregator(self) -> Callable[..., nn.Module] | None:
         if self.num_branches == 1:
             return None
-        if self.settings['teacher'] == 'mean':
+        if self.teacher == 'mean':
             return Mean
         return functools.partial(Gate, num_branches=self.num_branches)
 
     def loss(self, outputs: Outputs, context: Context) -> tuple[jax.Array, Terms]:
         if self.num_branches == 1:
-            branch = losses.cross_entropy(outputs.logits, context.labels)
-            branch = losses.batch_mean(branch, context.mask)
-            return branch.sum(), {'branch_cross_entropy': branch}
-        weight = self.distill_weight(context.progress)
+            return super().loss(outputs, context)
+        weight = self.ramped_weight(context.progress)
         loss, terms = losses.one_loss(
             outputs.logits,
             outputs.teacher_logits,
             context.labels,
-            self.settings['temperature'],
+            self.temperature,
             weight,
             mask=context.mask,
-            detach_teacher=self.settings['detach_teacher'],
+            detach_teacher=self.detach_teacher,
         )
         terms = {**terms, 'distill_weight': weight}
-        if outputs.weights is not None:
-            terms['gate_weights'] = losses.batch_mean(outputs.weights.T, context.mask)
+        if outputs.aggregate.weights is not None:
+            terms['gate_weights'] = losses.batch_mean(outputs.aggregate.weights.T, context.mask)
         return loss, terms

@@ -1,21 +1,11 @@
-"""The plain network: one branch, cross-entropy, no teacher. The baseline of everything."""
+"""The plain network, the baseline."""
 
-import jax
-
-from one_jax import losses
-from one_jax.methods.base import Context, Method, Terms, register
-from one_jax.models.multibranch import Outputs
+from one_jax.methods.base import Method, register
 
 
-@register
+@register('plain')
 class Plain(Method):
-    """Cross-entropy of one network."""
+    """One network that learns from the labels."""
 
-    name = 'plain'
     default_branches = 1
     max_branches = 1
-
-    def loss(self, outputs: Outputs, context: Context) -> tuple[jax.Array, Terms]:
-        branch = losses.cross_entropy(outputs.logits, context.labels)
-        branch = losses.batch_mean(branch, context.mask)
-        return branch.sum(), {'branch_cross_entropy': branch}

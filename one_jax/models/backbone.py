@@ -13,13 +13,13 @@ from one_jax.models import layers
 
 @struct.dataclass
 class HeadOutputs:
-    """What a head gives for a batch; under `vmap` each array has the branch axis K in front.
+    """A head's outputs for a batch; under `vmap` each array has the branch axis K in front.
 
     Attributes:
-      logits: [B, C], float32 at least.
-      features: the pooled features the classifier sees, [B, D].
+      logits: [B, C], at least float32.
+      features: the pooled features that the classifier sees, [B, D].
       maps: the last feature maps, [B, H, W, D].
-      stages: what each stage of the head left, the last one included, [B, H, W, D] each.
+      stages: the maps after each stage of the head, [B, H, W, D] each.
     """
 
     logits: jax.Array
@@ -29,22 +29,22 @@ class HeadOutputs:
 
 
 class Backbone(nn.Module):
-    """A classifier as a stem, stages 1 to `num_stages`, pooling and a linear classifier.
+    """A classifier: a stem, stages 1 to `num_stages`, pooling and a linear classifier.
 
-    `begin` and `end` cut a segment out of it. With the defaults it is the whole, plain network.
-    `end=s` is the trunk: stem and stages 1..s (0: the stem alone). `begin=s` is the head: the other
-    stages, pooling and classifier. A name in the parameter tree does not depend on the cut, so the
-    union of a trunk's tree and a head's tree is the plain network's tree.
+    A subclass defines `num_stages`, `stem` and `stage`. `begin` and `end` select a segment. The
+    default is the whole, plain network. `end=s` is the trunk: stem and stages 1 to s (0: the stem
+    alone). `begin=s` is the head: the other stages, pooling and classifier. Parameter names do not
+    depend on the cut, so the union of a trunk's tree and a head's tree is the plain network's tree.
 
     Attributes:
-      num_classes: the number of classes C.
-      begin: the number of stages that are already done, the stem before them; None: not even it.
-      end: the last stage to do, or None to go on to the classifier.
+      num_classes: C.
+      begin: the number of stages already done, after the stem; None starts with the stem.
+      end: the last stage, or None to run to the classifier.
       dtype: of the computation.
       norm_axis_name: mesh axis of synchronised batch normalisation, or None.
-      branch_conv: how convolutions behave under vmap, see `layers.make_conv`.
-      keep_activations: for the backward pass, see `layers.rematerialised`.
-      width_ratio: factor of the channels of all stages, for networks that can be `scaled`.
+      branch_conv: see `layers.make_conv`.
+      remat: see `layers.remat`.
+      width_ratio: factor on the channels of all stages, for networks that use `scaled`.
     """
 
     num_classes: int
@@ -53,28 +53,32 @@ class Backbone(nn.Module):
     dtype: Any = jnp.float32
     norm_axis_name: str | None = None
     branch_conv: str = 'dense'
-    keep_activations: str = 'all'
+    remat: str = 'none'
     width_ratio: float = 1.0
 
+    # Whether stages consist of blocks, which use `remat`; whether they use `scaled`.
+    has_blocks = True
+    can_scale = False
+
     def scaled(self, channels: int) -> int:
-        """A stage's number of channels at this `width_ratio`, rounded, at least 1."""
+        """Returns a stage's number of channels at this `width_ratio`, rounded, at least 1."""
         return max(1, round(channels * self.width_ratio))
 
     @property
     def num_stages(self) -> int:
         """The number of stages after the stem."""
-        raise TypeError(f'{type(self).__name__} must say how many stages it has')
+        raise NotImplementedError
 
     def stem(self, x: jax.Array, conv: Callable, norm: Callable) -> jax.Array:
-        """The layers before stage 1."""
-        raise TypeError(f'{type(self).__name__} must define its stem')
+        """Runs the layers before stage 1."""
+        raise NotImplementedError
 
     def stage(self, x: jax.Array, number: int, conv: Callable, norm: Callable) -> jax.Array:
-        """Stage `number`, counted from 1."""
-        raise TypeError(f'{type(self).__name__} must define its stages')
+        """Runs stage `number`, counted from 1."""
+        raise NotImplementedError
 
     def last_maps(self, x: jax.Array, norm: Callable) -> jax.Array:
-        """What stands between the last stage and the pooling: nothing, in most networks."""
+        """Runs the layers between the last stage and the pooling; none in most networks."""
         return x
 
     @nn.compact
@@ -82,12 +86,12 @@ class Backbone(nn.Module):
         """Runs the segment.
 
         Args:
-          x: normalised images [B, H, W, 3] when `begin` is None, else the maps that stage `begin`
-            left (the stem, when it is 0).
+          x: normalised images [B, H, W, 3] if `begin` is None, else the maps after stage `begin`
+            (the stem's, if it is 0).
           train: whether batch normalisation uses the batch's statistics.
 
         Returns:
-          The maps after stage `end`, or `HeadOutputs` when `end` is None.
+          The maps after stage `end`, or `HeadOutputs` if `end` is None.
         """
         conv = layers.make_conv(self.dtype, self.branch_conv)
         norm = layers.make_norm(self.dtype, self.norm_axis_name, train)

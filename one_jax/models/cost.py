@@ -1,4 +1,4 @@
-"""What a network costs: parameters, and the FLOPs of the traced forward pass."""
+"""The cost of a network: parameters, and FLOPs of the traced forward pass."""
 
 import math
 from typing import Any
@@ -10,17 +10,17 @@ from jax.extend import core
 
 
 def count_parameters(params: Any) -> int:
-    """The number of scalars in a parameter tree of arrays or `ShapeDtypeStruct`s."""
+    """Counts the scalars in a parameter tree of arrays or `ShapeDtypeStruct`s."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def _equation_flops(equation: core.JaxprEqn) -> int:
-    """FLOPs of a convolution or a matrix product, 2 a multiply-add; 0 for anything else."""
+    """Returns the FLOPs of a convolution or matrix product, 2 per multiply-add; else 0."""
     output = equation.outvars[0].aval
     if equation.primitive.name == 'conv_general_dilated':
         kernel = equation.invars[1].aval.shape
         out_channels = kernel[equation.params['dimension_numbers'].rhs_spec[0]]
-        # The kernel's input channels are already divided by the number of groups.
+        # The kernel's input channels are those of one group.
         return 2 * math.prod(output.shape) * math.prod(kernel) // out_channels
     if equation.primitive.name == 'dot_general':
         (contracted, _), _ = equation.params['dimension_numbers']
@@ -30,9 +30,9 @@ def _equation_flops(equation: core.JaxprEqn) -> int:
 
 
 def count_jaxpr_flops(jaxpr: core.Jaxpr) -> int:
-    """FLOPs of the convolutions and matrix products in a jaxpr and the jaxprs it calls.
+    """Counts the FLOPs of convolutions and matrix products in a jaxpr and the jaxprs it calls.
 
-    Every called jaxpr counts once, so loops are not multiplied by their length.
+    Each called jaxpr counts once, so loops are not multiplied by their length.
     """
     flops = 0
     for equation in jaxpr.eqns:
@@ -43,15 +43,15 @@ def count_jaxpr_flops(jaxpr: core.Jaxpr) -> int:
 
 
 def forward_cost(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
-    """The cost of one image's forward pass, found by abstract evaluation: nothing is computed.
+    """Counts the cost of one image's forward pass by abstract evaluation.
 
     Args:
       network: called as `network(images, train)`.
       image_shape: (H, W, 3).
 
     Returns:
-      The number of parameters, and FLOPs at 2 per multiply-add, of convolutions and linear layers
-      only: the unit of the ONE paper's cost columns (there in 1e8).
+      The number of parameters, and the FLOPs of convolutions and linear layers at 2 per
+      multiply-add, the unit of the ONE paper's cost columns (there in 1e8).
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(

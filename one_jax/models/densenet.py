@@ -1,8 +1,7 @@
-"""DenseNet-BC for CIFAR (Huang et al. 2017): every layer adds k channels to all that came before.
+"""DenseNet-BC for CIFAR (Huang et al. 2017): each layer appends k channels to its input.
 
-Three blocks of (L - 4) / 6 bottleneck layers; between them a transition halves the channels and the
-size. A stage is a block and the transition after it; the third has none. Convolutions have no bias
-and start as He fan out, the authors' choice and this project's. The parameters are named `conv1`,
+Three blocks of (L - 4) / 6 bottleneck layers; between them a transition halves channels and size. A
+stage is a block with the transition after it; the third has none. Parameters are named `conv1`,
 `dense1.0`, ..., `trans1`, ..., `bn`, `fc`, as in a common PyTorch version for CIFAR.
 """
 
@@ -14,16 +13,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from one_jax.models.backbone import Backbone
-from one_jax.models.layers import rematerialised
+from one_jax.models.layers import remat
 
 
 class DenseLayer(nn.Module):
-    """BN-ReLU-1x1 to four times the growth, BN-ReLU-3x3 to the growth, joined to the input.
+    """BN-ReLU-1x1 to four times the growth, BN-ReLU-3x3 to the growth, appended to the input.
 
     Attributes:
-      growth: k, the channels that it adds.
-      conv: see `layers.make_conv`.
-      norm: see `layers.make_norm`.
+      growth: k.
+      conv, norm: see `layers.make_conv` and `layers.make_norm`.
     """
 
     growth: int
@@ -41,12 +39,7 @@ class DenseLayer(nn.Module):
 
 
 class Transition(nn.Module):
-    """BN-ReLU-1x1 to half the channels, then 2x2 average pooling.
-
-    Attributes:
-      conv: see `layers.make_conv`.
-      norm: see `layers.make_norm`.
-    """
+    """BN-ReLU-1x1 to half the channels, then 2x2 average pooling."""
 
     conv: Callable
     norm: Callable
@@ -78,7 +71,7 @@ class DenseNet(Backbone):
         return conv(2 * self.growth, 3, name='conv1')(x)
 
     def stage(self, x: jax.Array, number: int, conv: Callable, norm: Callable) -> jax.Array:
-        layer = rematerialised(DenseLayer, self.keep_activations)
+        layer = remat(DenseLayer, self.remat)
         for index in range(self.layers_per_block):
             x = layer(self.growth, conv, norm, name=f'dense{number}_{index}')(x)
         if number < self.num_stages:

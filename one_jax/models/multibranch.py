@@ -1,4 +1,4 @@
-"""The network that is trained: a trunk, K members above it, and an aggregator."""
+"""The network in training: a trunk, K branches above it, and an aggregator."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,49 +15,56 @@ from one_jax.models.backbone import Backbone, HeadOutputs
 
 @struct.dataclass
 class Outputs:
-    """What the members and the teacher say of a batch.
-
-    Members that are alike have their arrays stacked, with the branch axis K in front; of unlike
-    ones, `features`, `maps` and `stages` are tuples with an entry for each member.
+    """The network's outputs for a batch.
 
     Attributes:
-      logits: the members' logits, [K, B, C].
-      features: their pooled features, [K, B, D].
-      maps: their last feature maps, [K, B, H, W, D].
-      stages: what each stage of their heads left, a tuple of [K, B, H, W, D]; for unlike members a
-        tuple of such tuples.
-      teacher_logits: the aggregator's logits, [B, C], or None without an aggregator.
-      weights: the weights the aggregator gave the members, [B, K], or None.
-      targets: the aggregator's teacher for each of the members that have one, [M, B, C], or None.
-      extra: what else the aggregator gives.
+      heads: the branches' outputs. Identical branches have stacked arrays, with the branch axis K
+        in front. Heterogeneous branches have stacked logits; `features`, `maps` and `stages` are
+        tuples with one entry for each branch.
+      aggregate: the aggregator's output, empty without an aggregator.
     """
 
-    logits: jax.Array
-    features: Any
-    maps: Any
-    stages: Any = ()
-    teacher_logits: jax.Array | None = None
-    weights: jax.Array | None = None
-    targets: jax.Array | None = None
-    extra: Any = None
+    heads: HeadOutputs
+    aggregate: Aggregate
+
+    @property
+    def logits(self) -> jax.Array:
+        """The branches' logits, [K, B, C]."""
+        return self.heads.logits
+
+    @property
+    def teacher_logits(self) -> jax.Array | None:
+        """The teacher's logits, [B, C], or None."""
+        return self.aggregate.teacher_logits
+
+    def evaluated_logits(self) -> jax.Array:
+        """Stacks the logits of the branches, the teacher (if any) and the ensemble.
+
+        The ensemble is the mean of the branches' logits, as in the methods' papers.
+
+        Returns:
+          [K + 1, B, C], or [K + 2, B, C] with a teacher.
+        """
+        teacher = [] if self.teacher_logits is None else [self.teacher_logits]
+        return jnp.stack([*self.logits, *teacher, self.logits.mean(axis=0)])
 
 
 class MultiBranch(nn.Module):
     """A trunk, `num_branches` heads and an aggregator; with one branch and no aggregator, the plain
-    net.
+    network.
 
     The variables are `{'trunk': ..., 'head': ..., 'aggregator': ...}` in each collection; every
     array under 'head' has the branch axis K in front. Heads start from different random numbers.
-    Unlike members are 'head_0', 'head_1', ... in place of 'head'.
+    Heterogeneous branches are 'head_0', 'head_1', ... in place of 'head'.
 
     Attributes:
       make_backbones: constructors of a segment, called with `begin` or `end`, and `name`: one for
-        members that are alike, or one for each of unlike members.
+        identical branches, or one for each heterogeneous branch.
       num_branches: K, at least 1.
       share_stages: the number of stages in the trunk; 0 shares nothing, not even the stem.
-      share_stem: with `share_stages` 0, share the stem all the same (the first member's).
+      share_stem: with `share_stages` 0, share the stem all the same (the first branch's).
       make_aggregator: constructor of the aggregator (called with `name`), or None.
-      trunk_gradient: factor of the gradient that the members send into the trunk.
+      trunk_gradient: factor on the gradient from the branches into the trunk.
     """
 
     make_backbones: tuple[Callable[..., Backbone], ...]
@@ -72,8 +79,8 @@ class MultiBranch(nn.Module):
         """Runs every branch.
 
         Args:
-          images: normalised, [B, H, W, 3]; or [K, B, H, W, 3], each member's own, where nothing is
-            shared.
+          images: normalised, [B, H, W, 3]; or [K, B, H, W, 3], one batch for each branch, if
+            nothing is shared.
           train: whether batch normalisation uses the batch's statistics.
         """
         shared, begin = images, None
@@ -82,22 +89,13 @@ class MultiBranch(nn.Module):
             shared = self.make_backbones[0](end=begin, name='trunk')(images, train)
             if self.trunk_gradient != 1:
                 scaled = self.trunk_gradient * shared
-                # The difference is 0: the value stays exactly what it was.
+                # The difference is 0: the value does not change.
                 shared = lax.stop_gradient(shared) + (scaled - lax.stop_gradient(scaled))
-        members = self._run_heads(shared, begin, own_images=images.ndim == 5, train=train)
+        heads = self._run_heads(shared, begin, own_images=images.ndim == 5, train=train)
         aggregate = Aggregate()
         if self.make_aggregator is not None:
-            aggregate = self.make_aggregator(name='aggregator')(shared, members, train)
-        return Outputs(
-            members.logits,
-            members.features,
-            members.maps,
-            members.stages,
-            aggregate.teacher_logits,
-            aggregate.weights,
-            aggregate.targets,
-            aggregate.extra,
-        )
+            aggregate = self.make_aggregator(name='aggregator')(shared, heads, train)
+        return Outputs(heads, aggregate)
 
     def _run_heads(
         self, shared: jax.Array, begin: int | None, own_images: bool, train: bool
@@ -111,37 +109,30 @@ class MultiBranch(nn.Module):
                 axis_size=self.num_branches,
             )
             return run_heads(self.make_backbones[0](begin=begin, name='head'), shared)
-        members = [
+        heads = [
             make_backbone(begin=begin, name=f'head_{index}')(
                 shared[index] if own_images else shared, train
             )
             for index, make_backbone in enumerate(self.make_backbones)
         ]
         return HeadOutputs(
-            jnp.stack([member.logits for member in members]),
-            tuple(member.features for member in members),
-            tuple(member.maps for member in members),
-            tuple(member.stages for member in members),
+            jnp.stack([head.logits for head in heads]),
+            tuple(head.features for head in heads),
+            tuple(head.maps for head in heads),
+            tuple(head.stages for head in heads),
         )
 
 
 def branch_variables(tree: Mapping[str, Any], branch: int) -> dict[str, Any]:
-    """The head of one branch, out of one collection of the variables of a `MultiBranch`."""
+    """Selects one branch's head from one collection of a `MultiBranch`'s variables."""
     if 'head' in tree:
         return jax.tree.map(lambda stacked: stacked[branch], tree['head'])
     return tree[f'head_{branch}']
 
 
 def student_variables(variables: Mapping[str, Any], branch: int) -> dict[str, Any]:
-    """The plain network's variables for one branch: the trunk's tree united with a slice of the
-    heads'.
-
-    Args:
-      variables: of a `MultiBranch`, e.g. `{'params': ..., 'batch_stats': ...}`.
-      branch: which branch, from 0.
-
-    Returns:
-      The same collections, each the tree of the backbone with `begin` and `end` None.
+    """Selects one branch's plain network, with the union of the trunk's tree and the head's in each
+    collection (`{'params': ..., 'batch_stats': ...}`).
     """
     return {
         collection: {**tree.get('trunk', {}), **branch_variables(tree, branch)}
@@ -150,44 +141,32 @@ def student_variables(variables: Mapping[str, Any], branch: int) -> dict[str, An
 
 
 def aggregator_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """What the aggregator has of the variables of a `MultiBranch`; empty, where it has none."""
+    """Selects the aggregator's part of a `MultiBranch`'s variables; empty if it has none."""
     return {name: tree['aggregator'] for name, tree in variables.items() if 'aggregator' in tree}
 
 
 def split_ensemble(variables: Mapping[str, Any], num_branches: int) -> dict[str, dict[str, Any]]:
-    """The variables of a `MultiBranch` without its aggregator, in parts: 'trunk', 'branches.0', ...
-
-    Args:
-      variables: `{'params': ..., 'batch_stats': ...}`.
-      num_branches: K.
-    """
+    """Splits a `MultiBranch`'s variables, without the aggregator: 'trunk', 'branches.0', ..."""
     trunk = {name: tree['trunk'] for name, tree in variables.items() if 'trunk' in tree}
-    # Where batch normalisations are folded, a collection has nothing of the heads.
-    of_heads = {
+    # With folded batch normalisations, a collection may lack the heads.
+    heads = {
         name: tree
         for name, tree in variables.items()
         if any(part.startswith('head') for part in tree)
     }
     branches = {
-        f'branches.{branch}': {
-            name: branch_variables(tree, branch) for name, tree in of_heads.items()
-        }
+        f'branches.{branch}': {name: branch_variables(tree, branch) for name, tree in heads.items()}
         for branch in range(num_branches)
     }
     return {'trunk': trunk, **branches}
 
 
-def join_ensemble(parts: Mapping[str, Mapping[str, Any]], alike: bool) -> dict[str, Any]:
-    """The inverse of `split_ensemble`.
-
-    Args:
-      parts: of arrays.
-      alike: whether the branches are copies of one network, whose arrays are stacked.
-    """
+def join_ensemble(parts: Mapping[str, Mapping[str, Any]], identical: bool) -> dict[str, Any]:
+    """Inverts `split_ensemble`; identical branches have stacked arrays."""
     branches = [part for name, part in parts.items() if name != 'trunk']
     variables = {}
     for name in branches[0]:
-        if alike:
+        if identical:
             stacked = jax.tree.map(lambda *x: jnp.stack(x), *[part[name] for part in branches])
             variables[name] = {'head': stacked}
         else:

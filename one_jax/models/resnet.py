@@ -1,8 +1,8 @@
 """Residual blocks and stages (He et al. 2016), which the CIFAR and ImageNet ResNets share.
 
-Post-activation blocks; the projection shortcut ("type B": 1x1 convolution and batch normalisation)
-wherever the stride or the number of channels changes. On CIFAR that choice reproduces the costs
-printed in the ONE paper; on ImageNet it is torchvision's.
+Post-activation blocks with projection shortcuts ("type B": 1x1 convolution and batch normalisation)
+wherever the stride or the number of channels changes, as in torchvision. On CIFAR this reproduces
+the costs printed in the ONE paper.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,25 +11,24 @@ import jax
 from flax import linen as nn
 
 from one_jax.models.backbone import Backbone
-from one_jax.models.layers import SqueezeExcitation, rematerialised
+from one_jax.models.layers import SqueezeExcitation, remat
 
 
 def _shortcut(x: jax.Array, shape: Sequence[int], stride: int, conv: Callable, norm: Callable):
-    """The identity where it fits `shape`, else a projection to it."""
+    """Returns `x` if it has `shape`, else a projection to it."""
     if x.shape == shape:
         return x
     return norm(name='downsample_1')(conv(shape[-1], 1, stride, name='downsample_0')(x))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, the first with the stride.
+    """Two 3x3 convolutions; the first has the stride.
 
     Attributes:
       width: channels of both.
       stride: 1 or 2.
-      conv: see `layers.make_conv`.
-      norm: see `layers.make_norm`.
-      se_reduction: of a squeeze-and-excitation before the addition; None has none.
+      conv, norm: see `layers.make_conv` and `layers.make_norm`.
+      se_reduction: of a squeeze-and-excitation before the addition, or None.
     """
 
     width: int
@@ -56,9 +55,8 @@ class BottleneckBlock(nn.Module):
     Attributes:
       width: a quarter of the output's channels.
       stride: 1 or 2.
-      conv: see `layers.make_conv`.
-      norm: see `layers.make_norm`.
-      inner_ratio: channels of the 3x3 convolution, as a multiple of `width`.
+      conv, norm: see `layers.make_conv` and `layers.make_norm`.
+      inner_ratio: channels of the 3x3 convolution over `width`.
       groups: of the 3x3 convolution.
     """
 
@@ -84,8 +82,8 @@ class ResNet(Backbone):
     """Stages of residual blocks; the width doubles and the stride is 2 from the second stage on.
 
     Attributes:
-      stage_sizes: the number of blocks in every stage.
-      width: of the blocks of stage 1.
+      stage_sizes: the number of blocks in each stage.
+      width: of the blocks in stage 1.
       block: `BasicBlock` or `BottleneckBlock`, called with (width, stride, conv, norm, name=...).
     """
 
@@ -97,8 +95,13 @@ class ResNet(Backbone):
     def num_stages(self) -> int:
         return len(self.stage_sizes)
 
+    @property
+    def can_scale(self) -> bool:
+        """Whether there are no groups, which would have to divide the width."""
+        return getattr(self.block, 'keywords', {}).get('groups', 1) == 1
+
     def stage(self, x: jax.Array, number: int, conv: Callable, norm: Callable) -> jax.Array:
-        block = rematerialised(self.block, self.keep_activations)
+        block = remat(self.block, self.remat)
         for index in range(self.stage_sizes[number - 1]):
             stride = 2 if number > 1 and index == 0 else 1
             width = self.scaled(self.width * 2 ** (number - 1))

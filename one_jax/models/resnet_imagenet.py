@@ -1,10 +1,9 @@
 """ResNets, ResNeXts and SE-ResNets for images of about 224x224, as torchvision defines them.
 
-A 7x7 convolution with stride 2 and a 3x3 max-pool with stride 2, then four stages. The parameters
-have torchvision's names. Initialisation is torchvision's default, which is this project's: He fan
-out for convolutions, 1 and 0 for every batch normalisation (the last one of a block does not start
-at zero). SE-ResNet-18 is not torchvision's: it is ResNet-18 with a squeeze-and-excitation in every
-block, before the addition.
+A 7x7 convolution with stride 2 and a 3x3 max-pool with stride 2, then four stages. Parameter names
+and initialisation are torchvision's (a block's last batch normalisation does not start at zero).
+SE-ResNet-18, which torchvision lacks, is ResNet-18 with a squeeze-and-excitation in every block,
+before the addition.
 """
 
 import functools
@@ -41,7 +40,7 @@ NETWORKS: dict[str, Callable[..., Backbone]] = {
         stage_sizes=(2, 2, 2, 2),
         block=functools.partial(BasicBlock, se_reduction=16),
     ),
-    # For tests and smoke runs: a block a stage, and an eighth of the width. Nobody published them.
+    # For tests and smoke runs: one block a stage, and an eighth of the width.
     'resnet10_tiny': _tiny,
     'resnet14_tiny': functools.partial(_tiny, block=BottleneckBlock),
     'resnext14_tiny': functools.partial(

@@ -1,19 +1,17 @@
 """Wide ResNets for CIFAR (Zagoruyko & Komodakis 2016): pre-activation blocks, k times as wide.
 
-Three stages of n blocks of width 16k, 32k and 64k. Where the channels change, the block's first
-BN-ReLU serves both ways, and the shortcut is a 1x1 convolution without batch normalisation. The
-stages end before an activation; BN-ReLU stands before the pooling.
+Three stages of n blocks of width 16k, 32k and 64k. Where the channels change, both paths share the
+block's first BN-ReLU, and the shortcut is a 1x1 convolution without batch normalisation. The last
+stage is followed by BN-ReLU. Unlike the authors', the classifier's bias does not start at zero.
 
 The authors count the shortcuts' convolutions, so their depths are 6n + 4: WRN-16-2 has n = 2 and
-WRN-40-2 n = 6. "WRN-20-8" of the distillation papers is not of that form; it can mean two networks:
+WRN-40-2 n = 6. "WRN-20-8" in the distillation papers does not have that form; it can mean two
+networks:
 
-- `wrn20_8`: the wide ResNet with n = 3, counted like a ResNet, 6n + 2; its authors would call it
-  WRN-22-8;
-- `wrn20_8_bottleneck`: what is called `wide_resnet20_8` in code that descends from OKDDip's: no
-  pre-activation, but a CIFAR ResNet of 2-2-2 bottlenecks (9n + 2 layers) whose 3x3 convolutions
-  are eight times as wide.
-
-The classifier's bias starts as the other networks', not at zero.
+- `wrn20_8`: the wide ResNet with n = 3, counted like a ResNet, 6n + 2; WRN-22-8 for its authors;
+- `wrn20_8_bottleneck`: `wide_resnet20_8` in code that descends from OKDDip's: without
+  pre-activation, a CIFAR ResNet of 2-2-2 bottlenecks (9n + 2 layers) with 3x3 convolutions eight
+  times as wide.
 """
 
 import functools
@@ -23,19 +21,18 @@ import jax
 from flax import linen as nn
 
 from one_jax.models.backbone import Backbone
-from one_jax.models.layers import rematerialised
+from one_jax.models.layers import remat
 from one_jax.models.resnet import BottleneckBlock
 from one_jax.models.resnet_cifar import CifarResNet
 
 
 class PreActivationBlock(nn.Module):
-    """BN-ReLU-3x3 twice, the first with the stride.
+    """BN-ReLU-3x3 twice; the first has the stride.
 
     Attributes:
       width: channels of both convolutions.
       stride: 1 or 2.
-      conv: see `layers.make_conv`.
-      norm: see `layers.make_norm`.
+      conv, norm: see `layers.make_conv` and `layers.make_norm`.
     """
 
     width: int
@@ -65,6 +62,8 @@ class WideResNet(Backbone):
     blocks_per_stage: int = 2
     widening: int = 2
 
+    can_scale = True
+
     @property
     def num_stages(self) -> int:
         return 3
@@ -73,7 +72,7 @@ class WideResNet(Backbone):
         return conv(16, 3, name='conv1')(x)
 
     def stage(self, x: jax.Array, number: int, conv: Callable, norm: Callable) -> jax.Array:
-        block = rematerialised(PreActivationBlock, self.keep_activations)
+        block = remat(PreActivationBlock, self.remat)
         for index in range(self.blocks_per_stage):
             stride = 2 if number > 1 and index == 0 else 1
             width = self.scaled(self.widening * 16 * 2 ** (number - 1))

@@ -1,0 +1,1 @@
+"""Reporting: reads the files of runs; needs neither TFDS nor Flax."""

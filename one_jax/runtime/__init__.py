@@ -1,0 +1,1 @@
+"""Runtime: devices, processes, signals, flags and files."""

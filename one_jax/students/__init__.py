@@ -1,0 +1,1 @@
+"""Students: exporting, importing, reading and evaluating trained networks."""

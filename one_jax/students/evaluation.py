@@ -1,0 +1,102 @@
+"""Exact evaluation of predictions on a split, and of exported students."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from one_jax import config as config_lib
+from one_jax import data, metrics
+from one_jax.errors import require
+from one_jax.runtime import parallel
+from one_jax.students.student import load_student
+
+Step = Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
+
+
+def make_evaluation_step(
+    predict: Callable[[Any, jax.Array], jax.Array], mesh: Mesh, num_branches: int = 1
+) -> Step:
+    """Compiles a function from variables and a batch to masked sums, data-parallel over `mesh`.
+
+    `predict` maps variables and uint8 images [b, H, W, 3] to logits [P, b, C], branches first. With
+    several branches their diversity is measured too.
+    """
+
+    def step(variables, batch):
+        logits = predict(variables, batch['image'])
+        sums = metrics.prediction_sums(logits, batch['label'], batch['mask'])
+        if num_branches > 1:
+            sums |= metrics.diversity_sums(logits[:num_branches], batch['mask'])
+        return lax.psum(sums, parallel.DATA_AXIS)
+
+    return parallel.data_parallel(step, mesh)
+
+
+def evaluate_split(
+    step: Step, variables: Any, batches: Iterable[Mapping[str, Any]], mesh: Mesh
+) -> dict[str, Any]:
+    """Evaluates every example exactly once; returns lists over the P logits by measure."""
+    sums = [step(variables, parallel.shard_batch(batch, mesh)) for batch in batches]
+    return metrics.summarise(metrics.add_sums(jax.device_get(sums)))
+
+
+def evaluation_record(
+    summary: Mapping[str, Any], num_branches: int, has_teacher: bool, deployed: str
+) -> dict[str, Any]:
+    """Names the entries of a summary: `branch_top1` [K], `teacher_top1`, `ensemble_top1`, ...
+
+    The summary is in the order of `Outputs.evaluated_logits`; measures of no teacher are None, and
+    `deployed` is 'branch N' or 'ensemble'.
+    """
+    index = -1 if deployed == 'ensemble' else int(deployed.removeprefix('branch '))
+    record = {}
+    for measure in metrics.MEASURES:
+        values = summary[measure]
+        record[f'branch_{measure}'] = values[:num_branches]
+        record[f'teacher_{measure}'] = values[num_branches] if has_teacher else None
+        record[f'ensemble_{measure}'] = values[-1]
+        record[f'deployed_{measure}'] = values[index]
+    diversity = ('pairwise_l2', 'disagreement')
+    return record | {measure: summary[measure] for measure in diversity if measure in summary}
+
+
+def evaluate_students(directories: Sequence[Path], config: Any | None = None) -> dict[str, Any]:
+    """Evaluates exported students on the test split of their own data set, or of `config`'s.
+
+    Several students are the branches of an ensemble, which is evaluated too. Raises `UserError` if
+    a folder holds no student, or the data set does not suit it.
+    """
+    students = [load_student(directory) for directory in directories]
+    mesh = parallel.make_mesh()
+    if config is None:
+        allowed = 'a student that names its data set; for this one give --config=configs/X.py'
+        require('data' in students[0].config, 'student', str(directories[0]), allowed)
+        config = config_lib.default_config()
+        config.data.update(students[0].config['data'])
+    batch_size = config.data.eval_batch_size
+    allowed = f'a multiple of the {mesh.size} devices'
+    require(batch_size % mesh.size == 0, 'data.eval_batch_size', batch_size, allowed)
+    source = data.open(config.data)
+    for student in students:
+        student.check_data(source.spec)
+
+    def predict(variables, images):
+        # Every student normalises by the statistics of its own training.
+        pairs = zip(students, variables, strict=True)
+        logits = jnp.stack([student.predict(own, images) for student, own in pairs])
+        return jnp.concatenate([logits, logits.mean(axis=0, keepdims=True)])
+
+    summary = evaluate_split(
+        make_evaluation_step(predict, mesh, len(students)),
+        parallel.replicate([student.variables for student in students], mesh),
+        source.evaluation_batches('test', batch_size),
+        mesh,
+    )
+    deployed = 'branch 0' if len(students) == 1 else 'ensemble'
+    record = evaluation_record(summary, len(students), False, deployed)
+    return {'split': 'test', **record, 'deployed': deployed}

@@ -1,0 +1,119 @@
+"""Reading files of weights, without ever running code that a file holds."""
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from one_jax.errors import UserError, explain, require
+
+# The authors of ONE save theirs as .pth.tar.
+_SAFETENSORS = '.safetensors'
+_ENDINGS = (_SAFETENSORS, '.pth', '.pt', '.pth.tar')
+# Earlier versions of `torch.load(weights_only=True)` could be made to run code (CVE-2025-32434).
+_SAFE_TORCH = (2, 6)
+# Where checkpoints keep the state dict, beside the epoch, the optimiser and so on.
+_WRAPPERS = ('state_dict', 'model')
+_PARALLEL_PREFIX = 'module.'
+
+
+def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads the weights of a network trained elsewhere.
+
+    Unwraps a state dict under 'state_dict' or 'model', strips DataParallel's prefix 'module.', and
+    converts floats of less than 32 bits to float32. Files other than .safetensors need PyTorch.
+
+    Raises:
+      UserError: the file is missing, damaged, of another kind, or holds more than weights; or
+        PyTorch is missing or too old.
+    """
+    path = Path(path)
+    where = f'weights={str(path)!r}'
+    require(os.path.isfile(path), 'weights', str(path), 'there is no such file')
+    allowed = f'a file that ends in one of {", ".join(_ENDINGS)}'
+    require(path.name.endswith(_ENDINGS), 'weights', str(path), allowed)
+    pickled = not path.name.endswith(_SAFETENSORS)
+    content = _read_pickled(path, where) if pickled else read_safetensors(path)
+    return {name: _to_numpy(array) for name, array in _unwrap(content, where).items()}
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Reads a .safetensors file; raises `UserError` for damage, or a dtype that NumPy lacks."""
+    # NumPy's lack of a dtype shows as one of the last three.
+    damage = (safetensors.SafetensorError, OSError, TypeError, AttributeError, KeyError)
+    # `safetensors.numpy.load_file` cannot read bfloat16.
+    with explain(f'{str(path)!r} is damaged', *damage), safetensors.safe_open(path, 'np') as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def check_values(state_dict: Mapping[str, np.ndarray]) -> None:
+    """Raises `UserError` for values that no float32 network has, such as NaN or beyond float32."""
+    problems = []
+    for name, array in state_dict.items():
+        with np.errstate(over='ignore'):
+            rounded = array.astype(np.float32) if array.dtype.kind in 'fiu' else None
+        if rounded is None:
+            problems.append(f'{array.dtype} in place of real numbers in {name}')
+        elif not np.isfinite(rounded).all():
+            problems.append(f'NaN or infinity in {name}')
+        elif name.endswith('.running_var') and (rounded < 0).any():
+            problems.append(f'negative variances in {name}')
+    if problems:
+        more = [f'and {len(problems) - 5} more'] if len(problems) > 5 else []
+        raise UserError('; '.join(problems[:5] + more))
+
+
+def _read_pickled(path: Path, where: str) -> Any:
+    advice = f'(pip install torch, or save it as {_SAFETENSORS})'
+    with explain(f'{where} needs PyTorch {advice}', ImportError):
+        import torch
+    safe = tuple(map(int, torch.__version__.split('.')[:2])) >= _SAFE_TORCH
+    allowed = f"with PyTorch {torch.__version__} code in it could run: pip install 'torch>=2.6'"
+    require(safe, 'weights', str(path), allowed)
+    try:
+        # It warns of pickle protocols that it does not expect, and may succeed all the same.
+        with warnings.catch_warnings(action='ignore'):
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # whatever the parsers of damaged files raise
+        reason = f'is damaged, or not a PyTorch file ({type(error).__name__})'
+        if found := re.search(r'GLOBAL (\S+)', str(error)):
+            reason = (
+                f'holds more than weights ({found[1]}), and code in a file is never run: save '
+                'network.state_dict() alone'
+            )
+        raise UserError(f'{where} {reason}') from None
+
+
+def _unwrap(content: Any, where: str) -> dict[str, Any]:
+    """Finds the state dict in what a file holds."""
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    entries = dict(content) if isinstance(content, Mapping) else {0: content}
+    others = [
+        f'{name!r} ({type(value).__name__})'
+        for name, value in entries.items()
+        if not (isinstance(name, str) and hasattr(value, 'shape'))
+    ]
+    if others or not entries:
+        raise UserError(
+            f'{where} holds no state dict, at the top or under '
+            f'{" or ".join(map(repr, _WRAPPERS))}: {", ".join(others[:3]) or "it is empty"}'
+        )
+    if all(name.startswith(_PARALLEL_PREFIX) for name in entries):
+        return {name.removeprefix(_PARALLEL_PREFIX): value for name, value in entries.items()}
+    return entries
+
+
+def _to_numpy(array: Any) -> np.ndarray:
+    if not isinstance(array, np.ndarray):
+        # PyTorch cannot convert bfloat16 to NumPy.
+        array = array.float() if array.is_floating_point() and array.itemsize < 4 else array
+        array = array.detach().numpy()
+    return array.astype(np.float32) if array.dtype in (np.float16, jnp.bfloat16) else array

@@ -1,0 +1,1 @@
+"""Training: the step, its state, checkpoints and the files of a run."""

@@ -1,0 +1,134 @@
+"""Students of weights trained elsewhere: logits, what is written, and what is an error."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from student_fixtures import generated_config, make_one, random_variables, run_example
+
+from one_jax import config as config_lib
+from one_jax import data, methods, models
+from one_jax.errors import ConfigError, UserError
+from one_jax.runtime import files
+from one_jax.students import torch_interop
+from one_jax.students.importing import import_student
+from one_jax.training import teachers
+
+
+def write_plain(path):
+    """Writes the weights of a ResNet-8 and returns its variables."""
+    variables = random_variables(models.make_backbone('resnet8', 10)())
+    safetensors.numpy.save_file(torch_interop.to_state_dict(variables), path)
+    return variables
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+
+
+def test_imported_student_predicts_and_teaches(tmp_path, images):
+    variables = write_plain(tmp_path / 'weights.safetensors')
+    output = tmp_path / 'student'
+    config = generated_config()
+    student = import_student(tmp_path / 'weights.safetensors', 'resnet8', config.data, output)
+    chex.assert_trees_all_equal(student.variables, variables)
+    written = files.read_json(output / 'config.json')
+    assert written['metric'] is None
+    assert written['label_names'] == [str(label) for label in range(10)]
+    assert written['data']['generated_examples'] == 0
+    assert written['checks']['formats'].keys() == {'student.safetensors', 'student.stablehlo'}
+    card = (output / 'README.md').read_text()
+    size = (output / 'student.safetensors').stat().st_size
+    for words in (
+        '| file | `weights.safetensors` |',
+        f'| SHA-256 | `{written["imported"]["sha256"]}` |',
+        'Not evaluated.',
+        'on 8 random images',
+        f'78,042 parameters; {written["flops"]:,} FLOPs per image',
+        f'| `student.safetensors` | {size:,} |',
+        'Latency: not measured\n',
+    ):
+        assert words in card
+    for heading in ('With one_jax', 'In JAX without one_jax'):
+        logits = run_example(heading, output, images)
+        np.testing.assert_allclose(logits, student(images), rtol=1e-4, atol=1e-4)
+
+    config.update_from_flattened_dict({'method.name': 'kd', 'method.teachers': str(output)})
+    method = methods.create(config_lib.resolve(config))
+    (teacher,) = teachers.load(method, data.open(config.data).spec)
+    chex.assert_trees_all_equal(teacher.variables, variables)
+
+
+@pytest.mark.parametrize('branch', ['1', 'ensemble', 'teacher'])
+def test_branch_of_a_one_checkpoint_has_the_logits_of_the_network(tmp_path, images, branch):
+    network = make_one()
+    variables = random_variables(network)
+    weights, config = tmp_path / 'one.safetensors', generated_config()
+    safetensors.numpy.save_file(torch_interop.to_one_checkpoint(variables, 3), weights)
+    student = import_student(weights, 'resnet8', config.data, tmp_path / 's', 'one', branch)
+    assert (student.config['branch'], student.config['method']) == (
+        int(branch) if branch == '1' else branch,
+        'one',
+    )
+    normalised = (images / 255 - np.array(student.mean)) / np.array(student.std)
+    outputs = jax.jit(lambda v, x: network.apply(v, x, train=False))(
+        variables, normalised.astype(np.float32)
+    )
+    expected = {
+        '1': outputs.logits[1],
+        'ensemble': outputs.logits.mean(axis=0),
+        'teacher': outputs.teacher_logits,
+    }[branch]
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(student(images), expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+ERRORS = {
+    'unknown network': ({'network': 'resnet9'}, "network='resnet9': "),
+    'other network': ({'network': 'resnet14'}, 'missing layer1.1.bn1.bias'),
+    'unknown layout': ({'layout': 'two'}, "layout='two' is not allowed: one of 'plain', 'one'"),
+    'branch of one network': ({'branch': '1'}, "branch='1' is not allowed: 0 to 0"),
+    'layout of one network': ({'layout': 'one'}, 'have no layer3_1'),
+    'no CIFAR network': ({'layout': 'one', 'network': 'resnet18'}, 'except for CIFAR'),
+    'other classes': (
+        {'data_config': generated_config(**{'data.name': 'cifar100'}).data},
+        'fc.weight has shape (10, 64) and not (100, 64)',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', ERRORS)
+def test_import_that_does_not_fit_writes_nothing(tmp_path, case):
+    arguments, words = ERRORS[case]
+    weights, output = tmp_path / 'weights.safetensors', tmp_path / 'student'
+    write_plain(weights)
+    arguments = {'network': 'resnet8', 'data_config': generated_config().data, **arguments}
+    with pytest.raises(UserError) as raised:
+        import_student(weights, output=output, **arguments)
+    assert words in str(raised.value)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(('value', 'words'), [(np.nan, 'NaN or infinity in fc'), (3e38, 'logits')])
+def test_import_of_weights_that_diverged_writes_nothing(tmp_path, value, words):
+    weights, output = tmp_path / 'weights.safetensors', tmp_path / 'student'
+    write_plain(weights)
+    state_dict = safetensors.numpy.load_file(weights)
+    state_dict['fc.weight'][:] = value
+    safetensors.numpy.save_file(state_dict, weights)
+    with pytest.raises(UserError) as raised:
+        import_student(weights, 'resnet8', generated_config().data, output)
+    assert words in str(raised.value)
+    assert str(weights) in str(raised.value)
+    assert not output.exists()
+
+
+def test_import_overwrites_nothing(tmp_path):
+    (tmp_path / 'note').write_text('mine')
+    write_plain(tmp_path / 'weights.safetensors')
+    with pytest.raises(ConfigError, match='nothing is overwritten'):
+        import_student(
+            tmp_path / 'weights.safetensors', 'resnet8', generated_config().data, tmp_path
+        )

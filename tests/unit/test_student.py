@@ -1,0 +1,133 @@
+"""Reading a student folder: the logits of uint8 images, and one clear line for a damaged one."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from student_fixtures import generated_config, make_ensemble, write_student
+
+from one_jax.errors import UserError
+from one_jax.students import config as student_config
+from one_jax.students.student import Student, load_student
+
+
+@pytest.fixture
+def folder(tmp_path):
+    names, fields = list('abcdefg'), {'mean': [0.5, 0.4, 0.3], 'std': [0.2, 0.25, 0.3]}
+    config = generated_config()
+    return write_student(tmp_path / 's', config, num_classes=7, label_names=names, **fields)
+
+
+def test_student_normalises_its_images(folder):
+    student = load_student(folder)
+    assert student.label_names == list('abcdefg')
+    images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    normalised = (images / 255 - np.array([0.5, 0.4, 0.3])) / np.array([0.2, 0.25, 0.3])
+    normalised = normalised.astype(np.float32)
+    expected = student.network.apply(student.variables, normalised, train=False).logits
+    tolerance = 1e-4 * np.abs(expected).max()
+    np.testing.assert_allclose(student(images), expected, rtol=1e-3, atol=tolerance)
+
+
+def test_student_of_other_data_is_an_error(folder):
+    spec = type('Spec', (), {'num_classes': 7, 'image_shape': (16, 8, 3), 'name': 'tall'})
+    with pytest.raises(UserError, match=r"input_size': \[8, 8\]}, the data set 'tall' .*\[16, 8\]"):
+        load_student(folder).check_data(spec)
+
+
+def test_teacher_ignores_settings_that_its_method_no_longer_has():
+    settings = {'teacher': 'gate', 'temperature': 4.0, 'of_an_earlier_version': 3}
+    aggregator = {'method': 'one', 'settings': settings}
+    network = make_ensemble(['resnet8'] * 3, aggregator=aggregator)
+    ensemble = {'members': ['resnet8'] * 3, 'aggregator': aggregator}
+    student = Student({'ensemble': ensemble}, network, {})
+    assert student.num_branches == network.num_branches == 3
+    assert network.make_aggregator(name='aggregator').num_branches == 3
+
+
+# A file of eight numbers of eight bits each, which NumPy does not have.
+HEADER = b'{"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}'
+EIGHT_BITS = len(HEADER).to_bytes(8, 'little') + HEADER + bytes(8)
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def truncate(folder):
+    path = folder / 'student.safetensors'
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def change(name, index, value):
+    """Returns a function that puts a number into a tensor."""
+
+    def damage(folder):
+        path = folder / 'student.safetensors'
+        weights = safetensors.numpy.load_file(path)
+        weights[name][index] = value
+        safetensors.numpy.save_file(weights, path)
+
+    return damage
+
+
+def set_fields(**fields):
+    """Returns a function that changes fields of config.json."""
+
+    def damage(folder):
+        path = folder / 'config.json'
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return damage
+
+
+NO_BRANCHES = {'members': [], 'share_stages': 2, 'share_stem': False}
+FIVE = {'num_classes': 5, 'label_names': list('abcde')}
+DAMAGE = {
+    'no config': (lambda folder: (folder / 'config.json').unlink(), 'there is no config.json'),
+    'no weights': (
+        lambda folder: (folder / 'student.safetensors').unlink(),
+        'there is no student.safetensors',
+    ),
+    'not JSON': (write('config.json', b'{"network":'), 'not JSON'),
+    'endless brackets': (write('config.json', b'[' * 100_000), "config.json' "),
+    'another config': (write('config.json', b'{"model": 3}'), "describes no student: no 'network'"),
+    'a list': (write('config.json', b'[1]'), "config='list' is not allowed"),
+    'type of network': (set_fields(network=3), 'network=3 is not allowed'),
+    'unknown network': (set_fields(network='../vgg16'), "model.name='../vgg16' is not allowed"),
+    'other classes': (set_fields(**FIVE), 'fc.bias has shape (7,) and not (5,)'),
+    'number of classes': (set_fields(num_classes=-1), 'num_classes=-1 is not allowed'),
+    'image size': (set_fields(input_size=[10**9, 16]), 'whole numbers from 1 to 16,384'),
+    'one mean': (set_fields(mean=[0.5]), 'mean=[0.5] is not allowed: three numbers'),
+    'no deviation': (set_fields(std=[0.2, 0, 0.2]), 'three numbers above 0'),
+    'too few names': (set_fields(label_names=['a']), 'label_names has 1 names'),
+    'crop': (set_fields(crop=0), 'crop=0 is not allowed: a number above 0, at most 1'),
+    'data field': (set_fields(data={'url': 'x'}), 'the fields name, '),
+    'no branches': (set_fields(ensemble=NO_BRANCHES), 'describes no student'),
+    'unknown dtype': (write('student.safetensors', EIGHT_BITS), "student.safetensors' is damaged"),
+    'truncated weights': (truncate, "student.safetensors' is damaged"),
+    'pickled weights': (write('student.safetensors', b'\x80\x04K\x01.'), 'is damaged'),
+    'infinite weights': (change('fc.weight', (2, 3), np.inf), 'NaN or infinity in fc.weight'),
+    'negative variance': (
+        change('layer1.0.bn2.running_var', 5, -0.1),
+        'negative variances in layer1.0.bn2.running_var',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', DAMAGE)
+def test_damaged_folder_is_one_clear_line(folder, case):
+    damage, words = DAMAGE[case]
+    damage(folder)
+    with pytest.raises(UserError) as raised:
+        load_student(folder)
+    assert words in str(raised.value)
+    assert str(folder) in str(raised.value)
+    assert '\n' not in str(raised.value)
+
+
+def test_network_of_an_unknown_form_is_an_error():
+    config = {'network': 'resnet8', 'num_classes': 7, 'batch_norm': 'frozen'}
+    with pytest.raises(UserError, match="batch_norm='frozen' is not allowed: one of 'separate'"):
+        student_config.build_network(config)
