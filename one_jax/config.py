@@ -117,7 +117,8 @@ def default_config() -> config_dict.ConfigDict:
     data.batch_size = 128
     # Images per evaluation batch, over all devices; the last batch is padded and masked.
     data.eval_batch_size = 500
-    # Augmentation: 'none', 'pad_crop', 'pad_crop_flip', or 'default' for the data set's.
+    # Augmentation: 'none', 'pad_crop', 'pad_crop_flip', or 'default' for the data set's; a stream's
+    # default is a random-resized crop and a flip.
     data.augment = 'default'
     # Pixels of zero padding before the crop; -1 takes the data set's.
     data.padding = -1

@@ -1,7 +1,7 @@
 """Evaluates every branch, the teacher and the ensemble of a run, or exported students.
 
 python -m one_jax.evaluate --workdir=DIR
-python -m one_jax.evaluate --student=DIR[,DIR...] [--config=configs/X.py]
+python -m one_jax.evaluate --student=DIR[,DIR...] [--config=configs/X.py] [--data_root=DIR]
 """
 
 from pathlib import Path
@@ -25,7 +25,8 @@ def main() -> None:
             'separated by commas: a seed ensemble)'
         )
     if student:
-        record = evaluate_students(list(map(Path, student.split(','))), flags.FLAGS.config)
+        folders = list(map(Path, student.split(',')))
+        record = evaluate_students(folders, flags.FLAGS.config, flags.FLAGS.data_root)
     else:
         record = evaluate_workdir(Path(directory))
     print(run_table(record))
@@ -35,4 +36,5 @@ if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'The directory of a run.')
     flags.DEFINE_string('student', None, 'An exported student, or several, separated by commas.')
     config_flags.DEFINE_config_file('config', None, "The data set; by default the students' own.")
+    flags.DEFINE_string('data_root', None, 'Where the folder of images of the students is now.')
     cli.run(main)

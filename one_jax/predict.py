@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from one_jax.data.image_folder import EXTENSIONS, read_image
+from one_jax.data.image_folder import EXTENSIONS, is_image_name, read_image
 from one_jax.errors import UserError, explain, require
 from one_jax.reporting.tables import format_table
+from one_jax.runtime import cli
 from one_jax.students.student import Student, load_student
 
-BATCH_SIZE = 64
+# Images of a batch, and their pixels: large images come in smaller batches.
+BATCH_SIZE, _MAX_PIXELS = 64, 2**24
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -40,7 +41,13 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             continue
         if not os.path.isdir(path):
             raise UserError(f'{str(path)!r}: no such file or folder')
-        inside = [p for p in path.rglob('*') if p.name.lower().endswith(EXTENSIONS) and p.is_file()]
+        inside = [
+            p
+            for p in path.rglob('*')
+            if is_image_name(p.name)
+            and os.path.isfile(p)
+            and not any(part.startswith('.') for part in p.relative_to(path).parts)
+        ]
         if not inside:
             endings = ', '.join(EXTENSIONS)
             raise UserError(f'{str(path)!r} holds no image: files that end in {endings}')
@@ -54,11 +61,11 @@ def predict(
     """Predicts the most probable classes of each image file.
 
     Yields 'file' and 'classes': a list of 'label', 'name' and 'probability', the most probable
-    first. Raises `UserError` if a file is not an image.
+    first. Raises `UserError` if a file is not an image, or the logits are not finite.
     """
     size, crop = tuple(student.config['input_size']), student.config.get('crop', 1.0)
     # The last batch is padded, so that one program is compiled.
-    batch_size = min(batch_size, len(paths))
+    batch_size = min(batch_size, len(paths), max(1, _MAX_PIXELS // (size[0] * size[1])))
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
         images = np.zeros((batch_size, *size, 3), np.uint8)
@@ -66,7 +73,11 @@ def predict(
             # Decoders of damaged files raise errors of any kind.
             with explain(f'{str(path)!r} cannot be read as an image', Exception):
                 images[index] = read_image(path, size, crop)
-        probabilities = np.asarray(jax.nn.softmax(student(images)))
+        with explain(f'student={student.folder!r}', jax.errors.JaxRuntimeError):
+            logits = np.asarray(student(images))
+        allowed = 'a student with finite logits: on these images some are NaN or infinite'
+        require(np.isfinite(logits[: len(batch)]).all(), 'student', student.folder, allowed)
+        probabilities = np.asarray(jax.nn.softmax(logits))
         for path, row in zip(batch, probabilities, strict=False):
             classes = [
                 {
@@ -77,6 +88,11 @@ def predict(
                 for label in np.argsort(-row, kind='stable')[:top]
             ]
             yield {'file': str(path), 'classes': classes}
+
+
+def _printable(name: str) -> str:
+    """Escapes control characters, which could change the terminal."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     while page := list(itertools.islice(predictions, BATCH_SIZE)):
         rows = [
             {
-                'file': '' if rank else prediction['file'],
-                'class': entry['name'],
+                'file': '' if rank else _printable(prediction['file']),
+                'class': _printable(entry['name']),
                 'probability': f'{100 * entry["probability"]:.2f} %',
             }
             for prediction in page
@@ -111,7 +127,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    try:
+    with cli.reporting_errors():
         main()
-    except UserError as error:
-        sys.exit(f'error: {error}')

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from absl import logging
 
 from one_jax.data import preparation, prepared
-from one_jax.errors import UserError
 from one_jax.reporting.tables import format_table
+from one_jax.runtime import cli
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == '__main__':
     try:
-        main()
-    except UserError as error:
-        sys.exit(f'error: {error}')
+        with cli.reporting_errors():
+            main()
     except KeyboardInterrupt:
         sys.exit('interrupted: run the command again to start over')

@@ -9,13 +9,13 @@ report.md and draws the accuracy over the epochs to curves.png.
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from one_jax.errors import UserError, explain
+from one_jax.errors import explain
 from one_jax.reporting import runs as runs_lib
 from one_jax.reporting import tables
+from one_jax.runtime import cli
 
 
 def write_report(runs: Sequence[runs_lib.ReportedRun], directory: str | Path) -> None:
@@ -56,7 +56,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    try:
+    with cli.reporting_errors():
         main()
-    except UserError as error:
-        sys.exit(f'error: {error}')

@@ -30,16 +30,19 @@ def train_and_evaluate(config: Any, directory: str | Path) -> dict[str, Any]:
       The content of `result.json`.
 
     Raises:
-      UserError: bad input; nothing was compiled or written.
+      UserError: bad input, or the run began on other data; nothing was compiled or written.
       Interrupted: on SIGTERM or Ctrl-C, with the state saved.
     """
     directory, mesh = Path(directory), parallel.make_mesh()
     config = _check(config, directory, mesh)
-    if (directory / workdir.RESULT).exists():
+    if _outlived_its_data(config, directory):
         return files.read_json(directory / workdir.RESULT)
     source, batches, experiment = _open(config)
     evaluator = Evaluator(config, experiment.method, experiment.network, source, mesh)
-    with Run(experiment, directory, evaluator, source.description()) as run:
+    fingerprint = source.fingerprint | experiment.student_digests()
+    with Run(experiment, directory, evaluator, source.description(), fingerprint) as run:
+        if result := run.stored_result():
+            return result
         initial_state, seed = make_initial_state(experiment, mesh), np.uint32(config.seed)
         state, step = run.restore(jax.eval_shape(initial_state, seed))
         state = initial_state(seed) if state is None else state
@@ -95,12 +98,31 @@ def _check(config: Any, directory: Path, mesh: Mesh) -> Any:
     return config
 
 
+def _outlived_its_data(config: Any, directory: Path) -> bool:
+    """Whether the run has finished and its data, or a student that it used, is gone; reports it."""
+    with processes.agreement() as facts:
+        finished, missing = (directory / workdir.RESULT).exists(), []
+        if finished:
+            students = [*config.method.get('teachers', '').split(','), config.model.init_from]
+            missing = [x for x in map(str.strip, students) if x and not Path(x).exists()]
+            if not data.exists(config.data):
+                missing.insert(0, config.data.root or config.data.name)
+        facts['data on disk'] = {'missing': missing}
+    if missing and processes.is_first():
+        print(
+            f'{directory}: the result of a finished run, not compared with the data of this '
+            f'command: there is no {", ".join(map(repr, missing))}'
+        )
+    return bool(missing)
+
+
 def _open(config: Any) -> tuple[data.Source, data.Batches, Experiment]:
     """Opens the data set and builds the experiment; all processes must see the same data."""
     # Process 0 goes first: it builds a small data set that is not on disk yet.
-    with processes.agreement() as facts, processes.first_alone('data'):
-        source = data.open(config.data)
-        facts['data set'] = source.facts
+    with processes.agreement() as facts:
+        with processes.first_alone('data'):
+            source = data.open(config.data)
+        facts['data set'] = source.facts()
     with processes.agreement() as facts:
         batches = source.train_batches(config.data.batch_size, config.seed)
         experiment = make_experiment(

@@ -126,9 +126,15 @@ def training_image(encoded: Any, candidates: Any, flip: Any, image_size: int) ->
     return tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
 
 
-def evaluation_image(encoded: Any, image_size: int) -> Any:
-    """Resizes the shorter side to `image_size` / 0.875; returns the centre, uint8 [S, S, 3]."""
+def evaluation_image(encoded: Any, image_size: int, crop: float | None = None) -> Any:
+    """Resizes the shorter side to `image_size` / 0.875; returns the centre, uint8 [S, S, 3].
+
+    With a `crop`, returns exactly what `image_folder.decode` does.
+    """
     tf = import_tensorflow()
+    if crop is not None:
+        size = (image_size, image_size)
+        return tf.ensure_shape(_decode_with_pil(encoded, size=size, crop=crop), (*size, 3))
 
     image = _decode(
         encoded,
@@ -155,9 +161,16 @@ def _decode(encoded: Any, plain_jpeg: Any, other: Any) -> Any:
     return tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
 
 
-def _decode_with_pil(encoded: Any) -> Any:
+def _decode_with_pil(encoded: Any, **options: Any) -> Any:
     tf = import_tensorflow()
-    image = tf.numpy_function(image_folder.decode, [encoded], tf.uint8, stateful=False)
+
+    def decode(data: bytes) -> np.ndarray:
+        with contextlib.suppress(Exception):
+            return image_folder.decode(data, **options)
+        # An error in the next operation, of which TensorFlow prints no traceback.
+        return np.empty((0, 0, 3), np.uint8)
+
+    image = tf.numpy_function(decode, [encoded], tf.uint8, stateful=False)
     return tf.ensure_shape(image, (None, None, 3))
 
 

@@ -92,6 +92,10 @@ def describe(name: str, builder: tfds.core.DatasetBuilder) -> table.DatasetSpec:
       UserError: a split is missing.
     """
     splits, shape = builder.info.splits, _image_shape(builder)
+    names = {'test_split': 'test' if 'test' in splits else 'validation'}
+    if [*splits] == ['train'] and not builder.info.disable_shuffling and name not in table.DATASETS:
+        # TFDS has shuffled the images.
+        names = {'train_split': 'train[:80%]', 'test_split': 'train[80%:]'}
     spec = table.DATASETS.get(name) or table.DatasetSpec(
         name=name,
         num_classes=0,
@@ -99,7 +103,7 @@ def describe(name: str, builder: tfds.core.DatasetBuilder) -> table.DatasetSpec:
         num_train=0,
         num_test=0,
         padding=table.default_padding(shape),
-        test_split='test' if 'test' in splits else 'validation',
+        **names,
     )
     required = f'the splits {spec.train_split!r} and {spec.test_split!r}'
     with explain(f'data.name={name!r} must have {required}', KeyError, ValueError):

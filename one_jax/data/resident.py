@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from ml_collections import config_dict
@@ -103,25 +103,30 @@ def class_ranks(labels: np.ndarray, seed: int, stream: int) -> np.ndarray:
 
 
 def select(
-    train: Examples, num_classes: int, data_config: config_dict.ConfigDict
+    train: Examples, label_names: Sequence[str], data_config: config_dict.ConfigDict
 ) -> dict[str, Examples]:
     """Splits training images into 'train' and, if some are held out, 'validation'.
 
     Every class is put in one random order: training takes from its front, validation from its back.
-    So subsets are nested, and do not depend on how many images are held out.
+    So subsets are nested, and do not depend on how many images are held out. At least one image of
+    every class is held out, and at least one remains.
 
     Raises:
-      ConfigError: the smallest class has too few images, or no class has enough to hold one out.
+      ConfigError: the smallest class has too few images, or a class has one, and is to be split.
     """
     fraction, wanted = data_config.validation_fraction, data_config.examples_per_class
     if not fraction and not wanted:
         return {'train': train}
     labels = train.labels
-    counts = np.bincount(labels, minlength=num_classes)
-    # At least one image of each class remains for training.
-    held_out = np.clip(np.rint(fraction * counts).astype(int), 0, np.maximum(counts - 1, 0))
-    allowed = f'0, or more: classes have {counts.max()} images'
-    require(not fraction or held_out.any(), 'data.validation_fraction', fraction, allowed)
+    counts = np.bincount(labels, minlength=len(label_names))
+    single = [label_names[label] for label in np.flatnonzero(counts == 1)]
+    allowed = f'0 for classes of one image ({len(single)}: {", ".join(map(repr, single[:5]))})'
+    require(not fraction or not single, 'data.validation_fraction', fraction, allowed)
+    held_out = np.zeros_like(counts)
+    if fraction:
+        held_out = np.clip(
+            np.rint(fraction * counts).astype(int), counts > 1, counts - (counts > 0)
+        )
     remaining = counts - held_out
     allowed = f'0 (all) to {remaining.min()}, the training images of the smallest class'
     require(wanted <= remaining.min(), 'data.examples_per_class', wanted, allowed)

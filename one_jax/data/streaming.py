@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
-from one_jax.data import jpeg
+from one_jax.data import image_folder, jpeg
 from one_jax.data.batches import Batch, Batches, make_batch, random_bits, share
 from one_jax.errors import UserError
 
@@ -33,6 +34,8 @@ _LOOK_AHEAD = 8
 class EncodedExamples(Protocol):
     """Numbered examples on disk."""
 
+    # The files that hold them.
+    paths: Sequence[str | os.PathLike]
     # How many examples lie together, in the order of their numbers.
     shard_lengths: Sequence[int]
 
@@ -60,6 +63,8 @@ def epoch_order(seed: int, epoch: int, shard_lengths: Sequence[int]) -> np.ndarr
 class StreamedBatches(Batches):
     """Shuffled training batches, randomly cropped to squares and flipped; see `Batches`.
 
+    With a `crop`, nothing is random: images are those of the evaluation, see `image_folder.decode`.
+
     Batches are bit-identical for the same seed and step, whatever the first step and the number of
     processes and threads, on processors that round alike. 0 `decode_threads` are one per processor
     core; `prefetch` batches are decoded ahead.
@@ -73,6 +78,7 @@ class StreamedBatches(Batches):
         image_size: int,
         decode_threads: int = 0,
         prefetch: int = 2,
+        crop: float | None = None,
     ):
         lengths = encoded.shard_lengths
         order = functools.partial(epoch_order, seed, shard_lengths=lengths)
@@ -82,8 +88,11 @@ class StreamedBatches(Batches):
             return jpeg.draw_crops(seed, *self.place(step), len(self.share))
 
         transform = functools.partial(jpeg.training_image, image_size=image_size)
+        if crop is not None:
+            transform = functools.partial(jpeg.evaluation_image, image_size=image_size, crop=crop)
+        extras = draw_crops if crop is None else _no_extras
         self._pipeline = _Pipeline(
-            encoded, self.indices, draw_crops, transform, decode_threads, prefetch
+            encoded, self.indices, extras, transform, decode_threads, prefetch
         )
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
@@ -101,6 +110,7 @@ def streamed_evaluation_batches(
     image_size: int,
     decode_threads: int = 0,
     prefetch: int = 2,
+    crop: float | None = None,
 ) -> Iterator[Batch]:
     """Yields every example exactly once over all processes, in the order on disk.
 
@@ -114,9 +124,13 @@ def streamed_evaluation_batches(
         start = step * batch_size
         return np.arange(start + own.start, min(start + own.stop, count))
 
-    transform = functools.partial(jpeg.evaluation_image, image_size=image_size)
-    pipeline = _Pipeline(encoded, indices, lambda step: (), transform, decode_threads, prefetch)
+    transform = functools.partial(jpeg.evaluation_image, image_size=image_size, crop=crop)
+    pipeline = _Pipeline(encoded, indices, _no_extras, transform, decode_threads, prefetch)
     return pipeline.batches(range(-(-count // batch_size)), len(own))
+
+
+def _no_extras(step: int) -> tuple[()]:
+    return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +150,9 @@ class _Pipeline:
     def batches(self, steps: range, size: int) -> Iterator[Batch]:
         """Yields the batches of consecutive steps, each padded to `size`."""
         tf = jpeg.import_tensorflow()
-        dataset = self._dataset(steps, size)
+        # Messages about steps that cannot be read.
+        failed: dict[int, str] = {}
+        dataset = self._dataset(steps, size, failed)
         iterator = dataset.as_numpy_iterator()
         empty = [np.empty((0, *spec.shape[1:]), spec.dtype.name) for spec in dataset.element_spec]
         for step in steps:
@@ -146,17 +162,31 @@ class _Pipeline:
             except tf.errors.OpError as error:
                 problem = self._find_damaged(step) or f'step {step} cannot be read: {error.message}'
                 raise UserError(problem) from error
+            if step in failed:
+                # A reader that is still alive as Python ends may hang.
+                del iterator, dataset
+                raise UserError(failed[step])
             yield make_batch(images, labels, size)
 
-    def _dataset(self, steps: range, size: int) -> Any:
+    def _dataset(self, steps: range, size: int, failed: dict[int, str]) -> Any:
         tf = jpeg.import_tensorflow()
         threads = self.decode_threads or os.cpu_count()
         extras = self.extras(steps.start)
         types = (tf.string, tf.int32, *(array.dtype for array in extras))
         shapes = ((None,), (None,), *((None, *array.shape[1:]) for array in extras))
 
+        def read_or_note(step: np.ndarray) -> tuple[np.ndarray, ...]:
+            try:
+                return self._read(step)
+            except UserError as error:
+                # TensorFlow would print it, and read on.
+                failed[int(step)] = str(error)
+                blank = image_folder.encode(Image.new('RGB', (1, 1)))
+                images = np.array([blank] * len(self.indices(int(step))), object)
+                return images, np.zeros(len(images), np.int32), *self.extras(int(step))
+
         def read(step: Any) -> tuple:
-            outputs = tf.numpy_function(self._read, [step], types)
+            outputs = tf.numpy_function(read_or_note, [step], types)
             return tuple(map(tf.ensure_shape, outputs, shapes))
 
         def decode(encoded: Any, label: Any, *extras: Any) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ class TFRecords:
     """The examples of a split in TFRecord files; implements `streaming.EncodedExamples`.
 
     TFRecord files have no index: the positions of a shard's records are found by reading their
-    lengths when the shard is first needed (see `prepare`).
+    lengths when the shard is first needed (see `prepare`); then all checksums are verified too.
 
     Raises:
       ConfigError: the files are not TFRecord files.
@@ -40,14 +40,15 @@ class TFRecords:
             f'tfrecord, prepare it again with tfds build {self._name} --file_format=tfrecord',
         )
         self._files = builder.info.splits[split].file_instructions
-        self._paths = [file.filename for file in self._files]
-        for shard, path in enumerate(self._paths):
+        self.paths = [file.filename for file in self._files]
+        for shard, path in enumerate(self.paths):
             with explain(self._unreadable(shard), OSError):
                 os.stat(path)
         self.shard_lengths = [file.take for file in self._files]
         self._num_classes = builder.info.features['label'].num_classes
         self._ends = np.cumsum(self.shard_lengths)
-        self._example = jpeg.import_tensorflow().train.Example
+        self._tensorflow = jpeg.import_tensorflow()
+        self._verified: set[int] = set()
         self._executor = concurrent.futures.ThreadPoolExecutor(8, 'tfrecord')
         self._open = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._scan)
 
@@ -72,7 +73,7 @@ class TFRecords:
         """Names an example in errors: its number, its file name if it has one, its shard."""
         shard, position = self._locate(index)
         file_name = self._features(shard, position)['file_name'].bytes_list.value
-        names = [*(name.decode(errors='replace') for name in file_name), f'in {self._paths[shard]}']
+        names = [*(name.decode(errors='replace') for name in file_name), f'in {self.paths[shard]}']
         return f'data.name={self._name!r}: {self._split} image {index} ({", ".join(names)})'
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -81,15 +82,27 @@ class TFRecords:
         return shard, index - start + self._files[shard].skip
 
     def _features(self, shard: int, position: int) -> Mapping[str, Any]:
-        return self._example.FromString(self._open(shard).result().read(position)).features.feature
+        record = self._open(shard).result().read(position)
+        return self._tensorflow.train.Example.FromString(record).features.feature
 
     def _scan(self, shard: int) -> 'concurrent.futures.Future[_Shard]':
-        count = self._files[shard].examples_in_shard
-        return self._executor.submit(_Shard, self._paths[shard], count)
+        return self._executor.submit(self._open_and_verify, shard)
+
+    def _open_and_verify(self, shard: int) -> '_Shard':
+        opened = _Shard(self.paths[shard], self._files[shard].examples_in_shard)
+        if shard not in self._verified:
+            records = self._tensorflow.data.TFRecordDataset(self.paths[shard])
+            # Reading compares each record with its checksum, much faster in order than one by one.
+            try:
+                records.reduce(np.int64(0), lambda count, _: count + 1)
+            except self._tensorflow.errors.DataLossError:
+                raise ValueError('records of the file differ from their checksums') from None
+            self._verified.add(shard)
+        return opened
 
     def _unreadable(self, shard: int) -> str:
         advice = 'delete the data set and prepare it again'
-        return f'data.name={self._name!r}: {self._paths[shard]} cannot be read ({advice})'
+        return f'data.name={self._name!r}: {self.paths[shard]} cannot be read ({advice})'
 
 
 class _Shard:

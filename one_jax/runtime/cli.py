@@ -1,10 +1,13 @@
 """Starts a command: parses its flags, quietens the logs and reports user errors as one line."""
 
+import contextlib
 import itertools
 import logging as python_logging
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -28,12 +31,31 @@ def run(main: Callable[[], None], **required: str) -> None:
             examples = (f'--{name}={example}' for name, example in required.items())
             _exit(f'give {" and ".join(examples)}')
         _quieten_logs()
-        try:
+        with reporting_errors():
             main()
-        except UserError as error:
-            _exit(error)
 
     app.run(guarded_main, flags_parser=parse_flags)
+
+
+@contextlib.contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Prints a `UserError` of the block as one line, with status 1.
+
+    Names that the terminal cannot print are escaped. If the reader of the output has gone, as in
+    `| head`, the command ends quietly.
+    """
+    with contextlib.suppress(AttributeError):  # Python has no stdout if it was closed.
+        sys.stdout.reconfigure(errors='backslashreplace')
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except UserError as error:
+        _exit(error)
+    except BrokenPipeError:
+        # Python flushes again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

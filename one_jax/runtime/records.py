@@ -122,11 +122,10 @@ class RecordWriter:
 def _delete_records_after(step: int, path: Path) -> None:
     """Keeps the records up to `step`, byte for byte; the file changes completely or not at all."""
     before = path.read_bytes() if path.exists() else b''
-    kept = b''
-    for line in before.split(b'\n'):
-        record = _parse_record(line)
-        if record is not None and record['step'] <= step:
-            kept += line + b'\n'
+    lines = before.split(b'\n')
+    found = ((line, _parse_record(line)) for line in lines)
+    # Joined at once: adding line by line copies all before it.
+    kept = b''.join(line + b'\n' for line, record in found if record and record['step'] <= step)
     if kept == before:
         return
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')

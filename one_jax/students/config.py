@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from one_jax import methods, models
@@ -18,7 +19,7 @@ BATCH_NORM = ('separate', 'folded')
 # The config fields that identify a data set on any machine, and their types.
 DATA_FIELDS = {'name': str, 'generated_examples': int, 'image_size': int, 'stream': bool}
 # A longer side is a mistake: no memory would hold a batch.
-_LARGEST_SIDE = 16384
+_LARGEST_SIDE = 4096
 
 
 def check(config: Any) -> None:
@@ -51,6 +52,8 @@ def _is_data(value: Any) -> bool:
 
 
 _POSITIVE = sys.float_info.min
+# Of the numbers that images are normalised with, in float32.
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _FIELDS = {
     'network': ('the name of a network', lambda value: isinstance(value, str)),
     'num_classes': ('a whole number from 1', _number(1, kinds=(int,))),
@@ -59,8 +62,8 @@ _FIELDS = {
         _list(_number(1, _LARGEST_SIDE, (int,)), 2),
     ),
     'crop': ('a number above 0, at most 1', _number(_POSITIVE, 1)),
-    'mean': ('three numbers', _list(_number(-sys.float_info.max), 3)),
-    'std': ('three numbers above 0', _list(_number(_POSITIVE), 3)),
+    'mean': ('three numbers', _list(_number(-_LARGEST, _LARGEST), 3)),
+    'std': ('three numbers above 0, in float32', _list(_number(_SMALLEST, _LARGEST), 3)),
     'data': (f'the fields {", ".join(DATA_FIELDS)} of a data set', _is_data),
     'label_names': ('a list of names', _list(lambda name: isinstance(name, str))),
 }

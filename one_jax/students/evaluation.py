@@ -1,5 +1,6 @@
 """Exact evaluation of predictions on a split, and of exported students."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from one_jax import config as config_lib
 from one_jax import data, metrics
+from one_jax.data import table
 from one_jax.errors import require
 from one_jax.runtime import parallel
 from one_jax.students.student import load_student
@@ -65,11 +67,14 @@ def evaluation_record(
     return record | {measure: summary[measure] for measure in diversity if measure in summary}
 
 
-def evaluate_students(directories: Sequence[Path], config: Any | None = None) -> dict[str, Any]:
+def evaluate_students(
+    directories: Sequence[Path], config: Any | None = None, data_root: str | None = None
+) -> dict[str, Any]:
     """Evaluates exported students on the test split of their own data set, or of `config`'s.
 
-    Several students are the branches of an ensemble, which is evaluated too. Raises `UserError` if
-    a folder holds no student, or the data set does not suit it.
+    Several students are the branches of an ensemble, which is evaluated too. `data_root` is where a
+    folder of images is now. Raises `UserError` if a folder holds no student, the data set does not
+    suit it, or its logits are not finite.
     """
     students = [load_student(directory) for directory in directories]
     mesh = parallel.make_mesh()
@@ -78,12 +83,19 @@ def evaluate_students(directories: Sequence[Path], config: Any | None = None) ->
         require('data' in students[0].config, 'student', str(directories[0]), allowed)
         config = config_lib.default_config()
         config.data.update(students[0].config['data'])
+        names = ', '.join(map(repr, students[0].label_names[:5]))
+        allowed = f'--data_root=DIR with it: the folder of images with the classes {names}, ...'
+        folder = config.data.name == table.IMAGE_FOLDER and not config.data.generated_examples
+        require(bool(data_root) or not folder, 'student', str(directories[0]), allowed)
+    if data_root:
+        config.data.root = data_root
     batch_size = config.data.eval_batch_size
     allowed = f'a multiple of the {mesh.size} devices'
     require(batch_size % mesh.size == 0, 'data.eval_batch_size', batch_size, allowed)
-    source = data.open(config.data)
+    source = data.open(config.data, students[0].config.get('crop'))
     for student in students:
         student.check_data(source.spec)
+    students = [student.for_classes(source.label_names) for student in students]
 
     def predict(variables, images):
         # Every student normalises by the statistics of its own training.
@@ -97,6 +109,9 @@ def evaluate_students(directories: Sequence[Path], config: Any | None = None) ->
         source.evaluation_batches('test', batch_size),
         mesh,
     )
+    for directory, nll in zip(directories, summary['nll'], strict=False):
+        allowed = 'a student with finite logits: on these images some are NaN or infinite'
+        require(math.isfinite(nll), 'student', str(directory), allowed)
     deployed = 'branch 0' if len(students) == 1 else 'ensemble'
     record = evaluation_record(summary, len(students), False, deployed)
     return {'split': 'test', **record, 'deployed': deployed}

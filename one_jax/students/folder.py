@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from one_jax.errors import require
+from one_jax.errors import explain, require
 from one_jax.models import cost
 from one_jax.runtime import environment, files
-from one_jax.students import model_card, quantisation, self_check, torch_interop
+from one_jax.students import model_card, quantisation, self_check, torch_interop, weights_file
 from one_jax.students import onnx as onnx_export
 from one_jax.students.self_check import Predict
 from one_jax.students.student import CARD, CONFIG, MODEL, PROGRAM, WEIGHTS, Student, load_student
@@ -71,6 +71,7 @@ def write_student(
     }
     with whole_or_not_at_all(output) as folder:
         written = write_weights(folder, dataclasses.replace(student, config=config), weights)
+        config = {**written.config}
         formats = {WEIGHTS: written, **write_programs(folder, written, onnx)}
         config['checks'] = self_check.compare(formats, reference, weights != 'float32', examples)
         if latency:
@@ -91,13 +92,16 @@ def write_student(
 @contextmanager
 def whole_or_not_at_all(output: Path) -> Iterator[Path]:
     """Yields a temporary folder that replaces `output` if the block ends without an error."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=output.parent, prefix=f'.{output.name}.', ignore_cleanup_errors=True
-    ) as temporary:
-        yield Path(temporary)
-        os.chmod(temporary, 0o755)
-        os.rename(temporary, output)
+    with explain(f'output={str(output)!r} cannot be written', OSError):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=output.parent, prefix=f'.{output.name}.', ignore_cleanup_errors=True
+        ) as temporary:
+            yield Path(temporary)
+            # Another export may have written it meanwhile; a rename replaces an empty folder only.
+            require_new(output)
+            os.chmod(temporary, 0o755)
+            os.rename(temporary, output)
 
 
 def write_weights(folder: Path, student: Student, weights: str) -> Student:
@@ -108,7 +112,8 @@ def write_weights(folder: Path, student: Student, weights: str) -> Student:
         counter = name.removesuffix('running_mean') + 'num_batches_tracked'
         state_dict[counter] = np.asarray(student.config['step'], np.int64)
     (folder / WEIGHTS).write_bytes(safetensors.numpy.save(state_dict, metadata={'format': 'pt'}))
-    files.write_json(folder / CONFIG, student.config)
+    sha256 = weights_file.digest(folder / WEIGHTS)
+    files.write_json(folder / CONFIG, {**student.config, 'weights_sha256': sha256})
     return load_student(folder)
 
 

@@ -1,6 +1,5 @@
 """Makes a student of weights that were trained elsewhere."""
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +19,8 @@ from one_jax.students.student import Student, abstract_variables
 
 # Each is the name of the method whose network in training the file holds.
 LAYOUTS = ('plain', 'one')
+# Names in other code for CIFAR ResNets, and ours.
+_SYNONYMS = {r'^linear\.': 'fc.', r'\.shortcut\.(?=[01]\.)': '.downsample.'}
 
 
 def import_student(
@@ -65,7 +66,6 @@ def import_student(
     with explain(f'weights={str(weights)!r}, network={network!r}', UserError):
         variables = _read_variables(state_dict, method, branch, description)
     fields = student_config.network_fields(method, branch, description['num_classes'])
-    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
     config = {
         **fields,
         **student_config.data_fields(data_config, description),
@@ -73,7 +73,7 @@ def import_student(
         'method': layout,
         'branch': branch,
         'step': 0,
-        'imported': {'file': weights.name, 'sha256': sha256},
+        'imported': {'file': weights.name, 'sha256': weights_file.digest(weights)},
     }
     # Generated images only stand in for those that the weights were trained on.
     config['data']['generated_examples'] = 0
@@ -112,5 +112,9 @@ def _read_variables(
         variables = torch_interop.from_one_checkpoint(state_dict, template, method.num_branches)
         variables = selection.select_variables(variables, branch)
     else:
+        for theirs, ours in _SYNONYMS.items():
+            renamed = {re.sub(theirs, ours, name): array for name, array in state_dict.items()}
+            # Two of one name would be ambiguous.
+            state_dict = renamed if len(renamed) == len(state_dict) else state_dict
         variables = torch_interop.from_state_dict(state_dict, template)
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables)

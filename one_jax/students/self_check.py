@@ -10,6 +10,7 @@ import numpy as np
 
 from one_jax import data
 from one_jax.errors import UserError, require
+from one_jax.students import classes
 
 NUM_IMAGES = 1000
 _BATCH_SIZE = 100
@@ -37,19 +38,22 @@ def load_images(data_config: Any, description: Mapping[str, Any], required: bool
             found, expected = getattr(source.spec, field), description[field]
             allowed = f'{expected}, as in training'
             require(np.array_equal(found, expected), f'data set: {field}', found, allowed)
+        names = description['label_names'], source.label_names
+        order = classes.match(*names, 'data set', source.spec.name)
+        order = np.arange(len(source.label_names)) if order is None else np.asarray(order)
         examples = source.examples('test')
         if examples is not None:
             # Spread over the split, which may be sorted by class.
             places = np.linspace(0, len(examples) - 1, min(len(examples), NUM_IMAGES))
             chosen = examples.take(places.round().astype(int))
-            return Images(chosen.images, chosen.labels)
+            return Images(chosen.images, order[chosen.labels])
         batches = source.evaluation_batches('test', _BATCH_SIZE)
         batches = list(itertools.islice(batches, NUM_IMAGES // _BATCH_SIZE))
         images, labels, mask = (
             np.concatenate([batch[name] for batch in batches])
             for name in ('image', 'label', 'mask')
         )
-        return Images(images[mask > 0], labels[mask > 0])
+        return Images(images[mask > 0], order[labels[mask > 0]])
     except UserError as error:
         if required:
             raise

@@ -3,18 +3,20 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from one_jax.data import augment, table
-from one_jax.errors import UserError, explain
+from one_jax.errors import UserError, explain, require
 from one_jax.runtime import files
+from one_jax.students import classes, quantisation, torch_interop, weights_file
 from one_jax.students import config as student_config
-from one_jax.students import quantisation, torch_interop, weights_file
 from one_jax.students.batch_norm_folding import FoldedNetwork
 
 CONFIG, WEIGHTS, PROGRAM = 'config.json', 'student.safetensors', 'student.stablehlo'
@@ -31,11 +33,15 @@ class Student:
       config: the content of the folder's `config.json`.
       network: called as `network.apply(variables, normalised_images, train=False)`.
       variables: `{'params': ..., 'batch_stats': ...}`.
+      folder: that it was read from.
+      order: places [C] of the network's logits among the student's; None if they are the same.
     """
 
     config: dict[str, Any]
     network: nn.Module | FoldedNetwork
     variables: dict[str, Any]
+    folder: str = ''
+    order: tuple[int, ...] | None = None
 
     @property
     def label_names(self) -> list[str]:
@@ -74,8 +80,23 @@ class Student:
         """Maps normalised images [B, H, W, 3] to logits [B, C]."""
         outputs = self.network.apply(variables, normalised, train=False)
         if 'aggregator' in self.config.get('ensemble', {}):
-            return outputs.teacher_logits
-        return outputs.logits.mean(axis=0) if self.num_branches > 1 else outputs.logits
+            logits = outputs.teacher_logits
+        else:
+            logits = outputs.logits.mean(axis=0) if self.num_branches > 1 else outputs.logits
+        return logits if self.order is None else logits[:, np.asarray(self.order)]
+
+    def for_classes(self, label_names: Sequence[str], field: str = 'student') -> Self:
+        """Returns the student with its logits in the order of a data set's classes.
+
+        Raises `ConfigError` for `field` if the classes differ; see `classes.match`.
+        """
+        order = classes.match(self.label_names, label_names, field, self.folder)
+        if order is None:
+            return self
+        if self.order is not None:
+            order = tuple(self.order[place] for place in order)
+        config = {**self.config, 'label_names': list(label_names)}
+        return dataclasses.replace(self, config=config, order=order)
 
     def check_data(self, spec: table.DatasetSpec) -> None:
         """Raises `UserError` if the data set has other classes or another image size."""
@@ -106,16 +127,22 @@ def load_student(directory: str | Path, dtype: Any = jnp.float32) -> Student:
     for path in (config_path, weights_path):
         # Unlike `Path.is_file`, this returns False in a folder without read permission.
         if not os.path.isfile(path):
-            raise UserError(
-                f'student={str(directory)!r} holds no student: there is no {path.name} in it'
-            )
+            found = f'holds no student: there is no {path.name} in it'
+            if config_path.is_file() and os.path.isdir(Path(directory) / 'checkpoints'):
+                command = f'python -m one_jax.export --workdir={directory} --output=NEW_DIR'
+                found = f'is a run, not a student: {command}'
+            raise UserError(f'student={str(directory)!r} {found}')
     with explain(f'{str(config_path)!r} cannot be read', OSError, RecursionError):
         config = files.read_json(config_path)
     with explain(f'{str(config_path)!r} describes no student', *_INCONSISTENT):
         student_config.check(config)
         network = student_config.build_network(config, dtype)
         template = abstract_variables(network, (*config['input_size'], 3))
-    student = Student(config, network, template)
+    student = Student(config, network, template, str(directory))
+    with explain(f'{str(weights_path)!r} is damaged', UserError, OSError):
+        found, expected = weights_file.digest(weights_path), config.get('weights_sha256')
+        allowed = f'{expected}, as in {CONFIG}: copy the folder again'
+        require(expected in (None, found), 'its SHA-256', found, allowed)
     state_dict = weights_file.read_safetensors(weights_path)
     with explain(f'{str(weights_path)!r} is damaged', UserError):
         state_dict = quantisation.decode(state_dict)

@@ -1,5 +1,6 @@
 """Reading files of weights, without ever running code that a file holds."""
 
+import hashlib
 import os
 import re
 import warnings
@@ -15,18 +16,21 @@ from one_jax.errors import UserError, explain, require
 
 # The authors of ONE save theirs as .pth.tar.
 _SAFETENSORS = '.safetensors'
-_ENDINGS = (_SAFETENSORS, '.pth', '.pt', '.pth.tar')
+_ENDINGS = (_SAFETENSORS, '.pth', '.pt', '.pth.tar', '.th', '.ckpt', '.bin')
 # Earlier versions of `torch.load(weights_only=True)` could be made to run code (CVE-2025-32434).
 _SAFE_TORCH = (2, 6)
+# No network has larger weights; a flipped bit may make some.
+_LARGEST = 1e20
 # Where checkpoints keep the state dict, beside the epoch, the optimiser and so on.
-_WRAPPERS = ('state_dict', 'model')
-_PARALLEL_PREFIX = 'module.'
+_WRAPPERS = ('state_dict', 'model', 'net', 'model_state_dict')
+# What DataParallel, Lightning, distillation code and `torch.compile` put before all names.
+_PREFIXES = ('module.', 'model.', 'student.', '_orig_mod.')
 
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """Reads the weights of a network trained elsewhere.
 
-    Unwraps a state dict under 'state_dict' or 'model', strips DataParallel's prefix 'module.', and
+    Unwraps a state dict under one of `_WRAPPERS`, strips `_PREFIXES` that all names have, and
     converts floats of less than 32 bits to float32. Files other than .safetensors need PyTorch.
 
     Raises:
@@ -40,7 +44,18 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     require(path.name.endswith(_ENDINGS), 'weights', str(path), allowed)
     pickled = not path.name.endswith(_SAFETENSORS)
     content = _read_pickled(path, where) if pickled else read_safetensors(path)
-    return {name: _to_numpy(array) for name, array in _unwrap(content, where).items()}
+    state_dict = {}
+    for name, array in _unwrap(content, where).items():
+        # What PyTorch raises for sparse, quantised and meta tensors.
+        with explain(f'{where}: {name} is no dense tensor', TypeError, RuntimeError):
+            state_dict[name] = _to_numpy(array)
+    return state_dict
+
+
+def digest(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -53,15 +68,15 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def check_values(state_dict: Mapping[str, np.ndarray]) -> None:
-    """Raises `UserError` for values that no float32 network has, such as NaN or beyond float32."""
+    """Raises `UserError` for values that no network has, such as NaN or above 1e20."""
     problems = []
     for name, array in state_dict.items():
         with np.errstate(over='ignore'):
             rounded = array.astype(np.float32) if array.dtype.kind in 'fiu' else None
         if rounded is None:
             problems.append(f'{array.dtype} in place of real numbers in {name}')
-        elif not np.isfinite(rounded).all():
-            problems.append(f'NaN or infinity in {name}')
+        elif not (np.abs(rounded) < _LARGEST).all():
+            problems.append(f'NaN, infinity or numbers above 1e20 in {name}')
         elif name.endswith('.running_var') and (rounded < 0).any():
             problems.append(f'negative variances in {name}')
     if problems:
@@ -92,9 +107,13 @@ def _read_pickled(path: Path, where: str) -> Any:
 
 def _unwrap(content: Any, where: str) -> dict[str, Any]:
     """Finds the state dict in what a file holds."""
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    for _ in _WRAPPERS:
+        if not isinstance(content, Mapping):
+            break
+        found = [name for name in _WRAPPERS if _may_hold_weights(content.get(name))]
+        if len(found) > 1:
+            raise UserError(f'{where} holds {" and ".join(found)}: save one of them alone')
+        content = content[found[0]] if found else content
     entries = dict(content) if isinstance(content, Mapping) else {0: content}
     others = [
         f'{name!r} ({type(value).__name__})'
@@ -106,9 +125,15 @@ def _unwrap(content: Any, where: str) -> dict[str, Any]:
             f'{where} holds no state dict, at the top or under '
             f'{" or ".join(map(repr, _WRAPPERS))}: {", ".join(others[:3]) or "it is empty"}'
         )
-    if all(name.startswith(_PARALLEL_PREFIX) for name in entries):
-        return {name.removeprefix(_PARALLEL_PREFIX): value for name, value in entries.items()}
+    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in entries)), ''):
+        entries = {name.removeprefix(prefix): value for name, value in entries.items()}
     return entries
+
+
+def _may_hold_weights(value: Any) -> bool:
+    """Whether there are arrays or more dictionaries in it; settings may be called 'model' too."""
+    values = value.values() if isinstance(value, Mapping) else ()
+    return any(hasattr(entry, 'shape') or isinstance(entry, Mapping) for entry in values)
 
 
 def _to_numpy(array: Any) -> np.ndarray:

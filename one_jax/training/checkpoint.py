@@ -1,14 +1,14 @@
 """Checkpoints: the train state and the progress beside it. The only file that knows Orbax.
 
 A checkpoint is the directory `<directory>/<step>`. It holds `state`, the arrays in nested dicts
-named after the pytree's keys, which Orbax alone can read; `record`, the progress and the shape and
-dtype of every array in JSON; and `SHA256SUMS`, see `checksums`.
+named after the pytree's keys, which Orbax alone can read; `record`, in JSON the step, the progress
+and the shape and dtype of every array; and `SHA256SUMS`, see `checksums`.
 """
 
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from one_jax.errors import UserError
+from one_jax.errors import UserError, explain
 from one_jax.runtime import files, processes
 from one_jax.training import checksums
 
@@ -39,14 +39,22 @@ class Checkpoints:
 
     With several processes all make the same calls, on a directory that all of them see. It is
     created by the first save. `read_only`, for a run that may be training in another process, moves
-    nothing.
+    nothing. `check` is called with the progress of a checkpoint before its arrays are read, and
+    raises `UserError` if it belongs to another run.
     """
 
-    def __init__(self, directory: str | Path, keep_latest: int = 2, *, read_only: bool = False):
+    def __init__(
+        self,
+        directory: str | Path,
+        keep_latest: int = 2,
+        *,
+        read_only: bool = False,
+        check: Callable[[dict[str, Any]], None] | None = None,
+    ):
         self.directory = Path(directory).absolute()
-        self._keep_latest, self._read_only = keep_latest, read_only
+        self._keep_latest, self._read_only, self._check = keep_latest, read_only, check
         self._manager: ocp.CheckpointManager | None = None
-        self._saving = 0
+        self._saving, self._read_back = 0, False
 
     def __enter__(self) -> Self:
         return self
@@ -71,10 +79,10 @@ class Checkpoints:
           UserError: this save, or the one before it in the background, could not write its files.
         """
         self.wait()
-        self._saving, arrays = int(step), _named_leaves(state)
+        self._saving, arrays = (step := int(step)), _named_leaves(state)
         forms = {name: _form(array) for name, array in arrays.items()}
         # A copy, because a background thread writes it.
-        record = json.loads(json.dumps({'progress': progress, 'arrays': forms}))
+        record = json.loads(json.dumps({'step': step, 'progress': progress, 'arrays': forms}))
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(traverse_util.unflatten_dict(arrays, sep='/')),
             record=ocp.args.JsonSave(record),
@@ -98,7 +106,8 @@ class Checkpoints:
             NumPy arrays.
 
         Raises:
-          UserError: all checkpoints are damaged, or the arrays are not those of `template`.
+          UserError: all checkpoints are damaged; the newest other one is a copy of the checkpoint
+            of another step, or has other arrays than `template`; or `check` raises it.
         """
         self.wait()
         restored, damaged = None, {}
@@ -133,12 +142,18 @@ class Checkpoints:
         """Waits for the save in progress.
 
         Raises:
-          UserError: its files could not be written.
+          UserError: its files could not be written; or, of the first one, not be read back.
         """
         if self._manager is not None:
             with self._reporting_failed_writes():
                 self._manager.wait_until_finished()
             self._delete_expired()
+            if self._saving in self.steps() and not self._read_back and processes.is_first():
+                # On paths that it takes for patterns, Orbax writes what it cannot read.
+                folder = self.directory / str(self._saving)
+                with explain(f'checkpoint {str(folder)!r} cannot be read back', ValueError):
+                    ocp.PyTreeCheckpointHandler().metadata(folder / 'state')
+                self._read_back = True
 
     def close(self) -> None:
         """Waits for the save in progress and ends Orbax's threads."""
@@ -182,15 +197,25 @@ class Checkpoints:
         folder = self.directory / str(step)
         record = ocp.JsonCheckpointHandler().restore(folder / 'record')
         found = record['arrays']
+        if self._check is not None:
+            self._check(record['progress'])
         if template is not None:
             expected = {name: _form(leaf) for name, leaf in _named_leaves(template).items()}
             self._require_equal_forms(step, found, expected)
         # Every process reads all of every array, so the devices may differ from the saving run's.
         as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in found}
         restore_args = traverse_util.unflatten_dict(as_numpy, sep='/')
-        state = ocp.PyTreeCheckpointHandler().restore(
-            folder / 'state', args=ocp.args.PyTreeRestore(restore_args=restore_args)
-        )
+        with explain(f'checkpoint {str(folder)!r} cannot be read', ValueError):
+            state = ocp.PyTreeCheckpointHandler().restore(
+                folder / 'state', args=ocp.args.PyTreeRestore(restore_args=restore_args)
+            )
+        # Earlier versions have the step among the arrays only.
+        saved = record.get('step', state.get('step', step))
+        if saved != step:
+            raise UserError(
+                f'checkpoint {str(folder)!r} is a copy of checkpoint {saved}: move it away, or '
+                'give it back its name'
+            )
         if template is not None:
             arrays = _named_leaves(state)
             placed = [_place(arrays[name], like) for name, like in _named_leaves(template).items()]

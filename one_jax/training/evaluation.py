@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 from one_jax import config as config_lib
 from one_jax import data, methods, models
 from one_jax.data import augment
+from one_jax.errors import require
 from one_jax.models.multibranch import Outputs
 from one_jax.runtime import parallel
+from one_jax.students import classes
 from one_jax.students.evaluation import evaluate_split, evaluation_record, make_evaluation_step
 from one_jax.training import saved
 from one_jax.training.state import TrainState
@@ -103,6 +105,9 @@ def evaluate_workdir(directory: Path) -> dict[str, Any]:
     config_lib.validate(run.config, mesh.size)
     parallel.use_compilation_cache(run.config.train.compilation_cache_dir)
     source = data.open(run.config.data)
+    names = run.progress.data.get('label_names', source.label_names), source.label_names
+    same = classes.match(*names, 'workdir', str(directory)) is None
+    require(same, 'data.name', run.config.data.name, 'classes in the order of training')
     network = models.make_multibranch(run.config.model, source.spec.num_classes, run.method)
     evaluator = Evaluator(run.config, run.method, network, source, mesh)
     record = evaluator(parallel.replicate(run.variables, mesh), 'test')

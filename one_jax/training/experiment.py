@@ -86,11 +86,11 @@ class Experiment:
         return state.with_fresh_averages()
 
     def student_digests(self) -> dict[str, str]:
-        """SHA-256 of the weights of every exported student that the run uses, by its role."""
+        """SHA-256 of the weights of every exported student that the run uses, by config field."""
         digests = map(teachers.digest, self.method.teacher_folders)
-        found = {f'teacher {index}': digest for index, digest in enumerate(digests)}
+        found = {f'method.teachers[{index}]': digest for index, digest in enumerate(digests)}
         if self.initial_student is not None:
-            found['initial'] = teachers.digest(self.config.model.init_from)
+            found['model.init_from'] = teachers.digest(self.config.model.init_from)
         return found
 
 
@@ -118,8 +118,8 @@ def make_experiment(
         label_names,
         method,
         network,
-        teachers.load(method, spec, config.model.dtype),
-        initialisation.load_student(config, method),
+        teachers.load(method, spec, label_names, config.model.dtype),
+        initialisation.load_student(config, method, label_names),
         steps_per_epoch,
         total_steps,
         schedule,

@@ -1,12 +1,15 @@
 """Starts training from an exported student instead of random weights: `config.model.init_from`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from one_jax import methods
 from one_jax.errors import require
+from one_jax.students import classes
 from one_jax.students.student import Student
 from one_jax.training import teachers
 from one_jax.training.state import TrainState
@@ -14,8 +17,10 @@ from one_jax.training.state import TrainState
 _CLASSIFIER = 'fc'
 
 
-def load_student(config: Any, method: methods.Method) -> Student | None:
+def load_student(config: Any, method: methods.Method, label_names: Sequence[str]) -> Student | None:
     """Loads the student that `config.model.init_from` names, if any.
+
+    If it has the classes `label_names` in another order, its classifier gets their order.
 
     Raises:
       ConfigError: the folder holds no student, or one of another network.
@@ -34,6 +39,10 @@ def load_student(config: Any, method: methods.Method) -> Student | None:
     found = 'an ensemble' if student.num_branches > 1 else student.config['network']
     allowed = f'a student that is {" and ".join(sorted(networks))}, not {found}'
     require(networks == {found}, 'model.init_from', directory, allowed)
+    if set(label_names) == set(student.label_names):
+        return student.for_classes(label_names, 'model.init_from')
+    if label_names and method.num_branches == 1:
+        classes.note(f'model.init_from={directory!r} has other classes: the classifier is random')
     return student
 
 
@@ -53,7 +62,10 @@ def from_student(state: TrainState, student: Student, label_names: tuple[str, ..
     keeps_classifier = num_branches == 1 and same_classes
 
     def copy(collection: str, tree: dict[str, Any]) -> dict[str, Any]:
-        source = student.variables[collection]
+        source = dict(student.variables[collection])
+        if student.order is not None and _CLASSIFIER in source:
+            order = np.asarray(student.order)
+            source[_CLASSIFIER] = jax.tree.map(lambda x: x[..., order], source[_CLASSIFIER])
         filled = dict(tree)
         for part in ('trunk', 'head'):
             for module, own in tree.get(part, {}).items():

@@ -1,6 +1,7 @@
 """A run: what training writes to its workdir, and when it stops."""
 
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -12,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from one_jax import models
-from one_jax.errors import require
 from one_jax.models import cost
 from one_jax.reporting import curves
 from one_jax.runtime import environment, files, processes, records
@@ -29,18 +29,29 @@ class Run:
     """A run's workdir, held by this process; a context manager.
 
     Entering locks the workdir; `restore` reads the newest checkpoint; `begin` starts writing.
-    `data` is the data set's `Source.description()`.
+    `data` is the data set's `Source.description()`; `fingerprint` covers the data set and the
+    exported students.
     """
 
     def __init__(
-        self, experiment: Experiment, directory: Path, evaluator: Evaluator, data: dict[str, Any]
+        self,
+        experiment: Experiment,
+        directory: Path,
+        evaluator: Evaluator,
+        data: dict[str, Any],
+        fingerprint: dict[str, Any],
     ):
         self._experiment, self._directory, self._evaluator = experiment, directory, evaluator
-        self._progress = Progress(data=data)
+        config = experiment.config.to_dict()
+        self._progress = Progress(data=data, config=config, fingerprint=fingerprint)
         self._saved_at: int | None = None
         self._stack = contextlib.ExitStack()
         self._checkpoints = checkpoint.Checkpoints(
-            directory / workdir.CHECKPOINTS, experiment.config.train.keep_checkpoints
+            directory / workdir.CHECKPOINTS,
+            experiment.config.train.keep_checkpoints,
+            check=functools.partial(
+                workdir.check_checkpoint, directory, experiment.config, fingerprint=fingerprint
+            ),
         )
 
     def __enter__(self) -> Self:
@@ -54,13 +65,19 @@ class Run:
                 if processes.is_first():
                     stack.enter_context(workdir.hold(self._directory))
                 # Another process may have written here since the first check.
-                workdir.check(self._directory, self._experiment.config)
+                config, fingerprint = self._experiment.config, self._progress.fingerprint
+                workdir.check(self._directory, config, fingerprint)
             stack.enter_context(self._checkpoints)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> bool | None:
         return self._stack.__exit__(*exception)
+
+    def stored_result(self) -> dict[str, Any] | None:
+        """Returns the content of result.json, or None if the run has not finished."""
+        path = self._directory / workdir.RESULT
+        return files.read_json(path) if path.exists() else None
 
     def restore(self, template: Any) -> tuple[TrainState | None, int]:
         """Restores the state of the newest checkpoint, in the form of `template`, and its step.
@@ -69,32 +86,27 @@ class Run:
           (None, 0) if there is no checkpoint.
 
         Raises:
-          ConfigError: the run began with other frozen teachers.
-          UserError: see `Checkpoints.restore_latest`.
+          UserError: see `Checkpoints.restore_latest` and `workdir.check_checkpoint`.
         """
         restored = self._checkpoints.restore_latest(template)
         described = teachers.describe(self._experiment.method, self._experiment.teachers)
-        state, step, before = None, 0, described
-        if restored is not None:
-            state, step = restored.state, restored.step
-            data = self._progress.data
-            self._progress = Progress.from_dict(restored.progress)
-            self._progress.data, before = data, self._progress.teachers
-            self._saved_at = step
-            if processes.is_first():
-                print(f'resumes after step {step} of {self._experiment.total_steps}')
-        began, now = ([teacher['sha256'] for teacher in group] for group in (before, described))
-        folders = self._experiment.config.method.get('teachers')
-        allowed = f'the {len(before)} with which the run began, in their order: the weights differ'
-        require(began == now, 'method.teachers', folders, allowed)
         self._progress.teachers = described
-        return state, step
+        if restored is None:
+            return None, 0
+        before = Progress.from_dict(restored.progress)
+        self._progress.seconds, self._progress.evaluations = before.seconds, before.evaluations
+        self._saved_at = restored.step
+        if processes.is_first():
+            print(f'resumes after step {restored.step} of {self._experiment.total_steps}')
+        return restored.state, restored.step
 
     def begin(self, step: int) -> None:
-        """Writes config.json, and opens the records and the progress bar after `step`."""
+        """Writes data.json and config.json, and opens records and progress bar after `step`."""
         config, enter = self._experiment.config, self._stack.enter_context
         first = processes.is_first()
         if first:
+            # In this order: a run with a config.json has its data.json.
+            files.write_json(self._directory / workdir.DATA, self._progress.fingerprint)
             files.write_json(self._directory / workdir.CONFIG, config.to_dict())
         self._records = enter(records.RecordWriter(self._directory, step)) if first else None
         self._stop = enter(StopRequest(processes.stop_signals()))
@@ -163,8 +175,12 @@ class Run:
         self._checkpoints.wait()
         result = make_result(self._experiment, self._progress, self._directory.name, mesh)
         if processes.is_first():
-            found = records.read_records(self._directory)
-            curves.plot_run(found, self._directory / workdir.CURVES)
+            path = self._directory / records.FILE_NAME
+            found = records.read_records(path) if path.exists() else []
+            if found:
+                curves.plot_run(found, self._directory / workdir.CURVES)
+            else:
+                print(f'{str(path)!r} holds no records: {workdir.CURVES} is not drawn')
             files.write_json(self._directory / workdir.RESULT, result)
         processes.wait_for_all('result')
         return result

@@ -1,12 +1,17 @@
 """Reads a run back from its workdir."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 from one_jax import methods
+from one_jax.errors import UserError
 from one_jax.training import checkpoint, workdir
 from one_jax.training.state import Progress
+
+# Of reading a checkpoint while the run deletes expired ones.
+_ATTEMPTS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +34,36 @@ class SavedRun:
 
 
 def load(directory: Path) -> SavedRun:
-    """Reads the newest undamaged checkpoint of the run in `directory`.
+    """Reads the newest undamaged checkpoint of the run in `directory`, which may be training.
 
     Raises:
-      UserError: there is no run or no checkpoint.
+      UserError: there is no run or no checkpoint, the run deletes it before it is read, or it is of
+        a run of another config.
     """
     config = workdir.read_config(directory)
-    with checkpoint.Checkpoints(directory / workdir.CHECKPOINTS, read_only=True) as checkpoints:
-        state, progress, step = checkpoints.read()
+    check = functools.partial(workdir.check_checkpoint, directory, config)
+    with checkpoint.Checkpoints(
+        directory / workdir.CHECKPOINTS, read_only=True, check=check
+    ) as checkpoints:
+        state, progress, step = _read(checkpoints)
     variables = {name: state[name] for name in ('params', 'batch_stats')}
     variables = state.get('averages', variables)
     return SavedRun(config, methods.create(config), variables, Progress.from_dict(progress), step)
+
+
+def _read(checkpoints: checkpoint.Checkpoints) -> checkpoint.Restored:
+    """Reads the newest checkpoint, and if the run deletes it meanwhile, a newer one."""
+    for _ in range(_ATTEMPTS):
+        before = checkpoints.steps()
+        try:
+            restored = checkpoints.read()
+        except Exception:  # whatever Orbax raises when files vanish
+            if set(before) <= set(checkpoints.steps()):
+                raise
+        else:
+            if restored.step in checkpoints.steps():
+                return restored
+    raise UserError(
+        f'{checkpoints.directory}: the run deletes its checkpoints before they are read: '
+        'try again later'
+    )

@@ -140,12 +140,16 @@ class Progress:
       evaluations: the latest evaluation of each split, with its 'step'.
       data: the data set's `Source.description()`.
       teachers: what `teachers.describe` returns.
+      config: the resolved config, as config.json has it.
+      fingerprint: of the data and the exported students, as data.json has it.
     """
 
     seconds: float = 0.0
     evaluations: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     teachers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> 'Progress':

@@ -1,6 +1,6 @@
 """Frozen teachers: exported students whose logits a method distils."""
 
-import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from one_jax import methods
 from one_jax.data.table import DatasetSpec
 from one_jax.errors import ConfigError, UserError, require
 from one_jax.students import student as student_lib
+from one_jax.students import weights_file
 
 
 def load_student(field: str, directory: str, dtype: Any = jnp.float32) -> student_lib.Student:
@@ -28,13 +29,17 @@ def load_student(field: str, directory: str, dtype: Any = jnp.float32) -> studen
 
 
 def load(
-    method: methods.Method, spec: DatasetSpec, dtype: Any = jnp.float32
+    method: methods.Method,
+    spec: DatasetSpec,
+    label_names: Sequence[str],
+    dtype: Any = jnp.float32,
 ) -> tuple[student_lib.Student, ...]:
     """Loads the frozen teachers of a method, in the order of `config.method.teachers`.
 
     Args:
       method: names their folders.
       spec: the data set, with mean and standard deviation.
+      label_names: of its classes, empty if unknown. Logits get their order.
       dtype: of their computation.
 
     Raises:
@@ -53,7 +58,7 @@ def load(
             allowed = f'trained on data like {spec.name!r}: its {field} is {its}, not {ours}'
             same = np.shape(its) == np.shape(ours) and np.allclose(its, ours, rtol=0, atol=1e-6)
             require(same, 'method.teachers', directory, allowed)
-        teachers.append(teacher)
+        teachers.append(teacher.for_classes(label_names, 'method.teachers'))
     return tuple(teachers)
 
 
@@ -94,4 +99,4 @@ def describe(method: methods.Method, teachers: tuple[student_lib.Student, ...]) 
 
 def digest(folder: str) -> str:
     """SHA-256 of the weights of the student in `folder`."""
-    return hashlib.sha256((Path(folder) / student_lib.WEIGHTS).read_bytes()).hexdigest()
+    return weights_file.digest(Path(folder) / student_lib.WEIGHTS)

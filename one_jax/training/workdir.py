@@ -6,36 +6,50 @@ import fcntl
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from one_jax import config as config_lib
-from one_jax.errors import UserError
-from one_jax.runtime import files
+from one_jax.errors import UserError, explain
+from one_jax.runtime import files, processes
 
 CONFIG, RESULT, CURVES, CHECKPOINTS = 'config.json', 'result.json', 'curves.png', 'checkpoints'
+# The fingerprint of the data and the exported students with which the run began.
+DATA = 'data.json'
 LOCK = '.lock'
+# Orbax takes the paths of checkpoints for patterns in some places.
+_PATTERN_CHARACTERS = '*?[\\'
 # File systems without locks (some cloud buckets): there the user must take care.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def check(workdir: Path, config: Any) -> None:
+def check(workdir: Path, config: Any, fingerprint: Mapping[str, Any] | None = None) -> None:
     """Checks that a run of `config` may write to `workdir`; leaves no trace.
 
+    Args:
+      workdir: the directory.
+      config: resolved.
+      fingerprint: of the data and the exported students, if they are known already.
+
     Raises:
-      UserError: the workdir cannot be written, or holds a run of another config or other files.
+      UserError: the workdir cannot be written, has a path that checkpoints cannot have, or holds a
+        run of another config, a run on other data, or other files.
     """
+    path = str(workdir.absolute())
+    if set(path) & set(_PATTERN_CHARACTERS):
+        raise UserError(
+            f'workdir={path!r} is not allowed: checkpoints cannot be read back from a path with '
+            f'one of {" ".join(_PATTERN_CHARACTERS)}; rename it, or give another --workdir'
+        )
     existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     with _reporting_unwritable(workdir), tempfile.TemporaryFile(dir=existing):
         pass
     if (workdir / CONFIG).exists():
-        stored = config_lib.stored_config(files.read_json(workdir / CONFIG))
-        if different := config_lib.differences(stored, config):
-            raise UserError(
-                f'workdir={str(workdir)!r} holds a run of another config; give another --workdir. '
-                f'They differ in {"; ".join(different)}'
-            )
+        different = config_lib.differences(read_config(workdir), config)
+        _require_same(workdir, 'a run of another config', different)
+        if fingerprint is not None:
+            _check_data(workdir, fingerprint)
     elif workdir.exists() and not all(map(_is_left_by_a_start, workdir.iterdir())):
         raise UserError(
             f'workdir={str(workdir)!r} is not empty and holds no {CONFIG}: '
@@ -43,20 +57,90 @@ def check(workdir: Path, config: Any) -> None:
         )
 
 
+def check_checkpoint(
+    workdir: Path,
+    config: Any,
+    progress: Mapping[str, Any],
+    fingerprint: Mapping[str, Any] | None = None,
+) -> None:
+    """Checks that a checkpoint in `workdir` is of a run of `config`, on data of `fingerprint`.
+
+    Args:
+      workdir: the directory.
+      config: resolved.
+      progress: of the checkpoint; earlier versions recorded no more than the teachers.
+      fingerprint: if data and students matter.
+
+    Raises:
+      UserError: it is of another run.
+    """
+    stored, different = progress.get('config'), []
+    if stored:
+        different += config_lib.differences(config_lib.stored_config(stored), config)
+    if fingerprint is not None and not (before := progress.get('fingerprint')):
+        field = 'method.teachers'
+        teachers = enumerate(progress.get('teachers', ()))
+        before = {f'{field}[{index}]': teacher['sha256'] for index, teacher in teachers}
+        fingerprint = {name: fingerprint[name] for name in fingerprint if name.startswith(field)}
+    if fingerprint is not None:
+        different += _differences(before, fingerprint)
+    _require_same(workdir, 'a checkpoint of another config, data or teacher', different)
+
+
+def _check_data(workdir: Path, fingerprint: Mapping[str, Any]) -> None:
+    if (workdir / DATA).exists():
+        with explain(f'{str(workdir / DATA)!r} is damaged', AttributeError):
+            different = _differences(files.read_json(workdir / DATA), fingerprint)
+        _require_same(workdir, 'a run on other data or with another teacher', different)
+    elif processes.is_first():
+        print(
+            f'workdir={str(workdir)!r} has no {DATA}, as in earlier versions: whether the run '
+            'began on the same data is not known'
+        )
+
+
+def _differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describes in what two fingerprints differ."""
+    lines = []
+    for name in dict.fromkeys([*stored, *now]):
+        old, new = stored.get(name, 'none'), now.get(name, 'none')
+        if old != new and isinstance(old, list) and isinstance(new, list):
+            # The first few names that only one of them has.
+            old, new = ([x for x in a if x not in b][:5] for a, b in ((old, new), (new, old)))
+            lines.append(f'{name}: only in the workdir {old}, only now {new}')
+        elif old != new:
+            lines.append(f'{name}: {old} in the workdir, {new} now')
+    return lines
+
+
+def _require_same(workdir: Path, held: str, different: list[str]) -> None:
+    if different:
+        raise UserError(
+            f'workdir={str(workdir)!r} holds {held}; give another --workdir. They differ in '
+            f'{"; ".join(different)}'
+        )
+
+
 def _is_left_by_a_start(file: Path) -> bool:
     """Whether a run that was killed before it had a config.json may have left this file."""
-    return file.name == LOCK or file.name.startswith(f'.{CONFIG}.')
+    return file.name in (LOCK, DATA) or file.name.startswith((f'.{CONFIG}.', f'.{DATA}.'))
 
 
 def read_config(workdir: Path) -> Any:
     """Reads the resolved config of the run in `workdir`.
 
     Raises:
-      UserError: there is no run.
+      UserError: there is no run, or an exported student.
     """
     if not (workdir / CONFIG).is_file():
         raise UserError(f'workdir={str(workdir)!r} holds no run: there is no {CONFIG} in it')
-    return config_lib.stored_config(files.read_json(workdir / CONFIG))
+    content = files.read_json(workdir / CONFIG)
+    if isinstance(content, dict) and 'label_names' in content:
+        raise UserError(
+            f'workdir={str(workdir)!r} is an exported student, not a run: give the directory of a '
+            'run, or --student where the command has it'
+        )
+    return config_lib.stored_config(content)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ def folder_fields(root, **fields):
 def unlike_runs(folder):
     """Returns runs in which process 1 differs from process 0, and words of both errors."""
     kd = {**SMALL, 'method.name': 'kd', 'model.num_branches': 1, 'data.name': 'cifar10'}
+    kd['data.image_size'] = 0
     config = config_lib.default_config()
     config.update_from_flattened_dict(kd)
     teachers = [str(write_student(folder / f'teacher{n}', config, n)) for n in range(2)]
@@ -68,7 +69,7 @@ def unlike_runs(folder):
         ),
         'teacher': (
             {'fields': kd, 'own_fields': {1: {'method.teachers': teachers[1]}}},
-            both('process 1 has another student than process 0', 'teacher 0='),
+            both('process 1 has another student than process 0', 'method.teachers[0]='),
         ),
         'bad field': (
             {'fields': SMALL, 'own_fields': {1: {'optimizer.momentum': 2.0}}},

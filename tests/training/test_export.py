@@ -1,5 +1,6 @@
 """Exports of a trained run: every branch, the ensemble and the teacher score as in the run."""
 
+import itertools
 import shutil
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ from one_jax.errors import ConfigError, UserError
 from one_jax.runtime import files
 from one_jax.students import folder
 from one_jax.students.evaluation import evaluate_students
-from one_jax.training import teachers
+from one_jax.training import saved, teachers
+from one_jax.training.checkpoint import Checkpoints
 from one_jax.training.export import Options, export_student
 
 DEFAULT = Options()
@@ -84,7 +86,8 @@ def test_ensemble_may_teach(run):
     config = generated_config(**{'data.generated_examples': 32, 'method.name': 'kd'})
     config.method.teachers = str(run.folders['ensemble'])
     method = methods.create(config_lib.resolve(config))
-    (teacher,) = teachers.load(method, data.open(config.data).spec)
+    source = data.open(config.data)
+    (teacher,) = teachers.load(method, source.spec, source.label_names)
     assert teacher.num_branches == 2
 
 
@@ -119,6 +122,9 @@ def test_missing_data_set_is_replaced_by_random_images(run, tmp_path, capsys):
     config = files.read_json(workdir / 'config.json')
     config['data'] |= {'generated_examples': 0, 'root': str(tmp_path / 'nothing')}
     files.write_json(workdir / 'config.json', config)
+    with Checkpoints(workdir / 'checkpoints') as checkpoints:
+        state, progress, step = checkpoints.read()
+        checkpoints.save(step + 1, state, {**progress, 'config': config})
     student = export_student(workdir, tmp_path / 'student', 0)
     assert student.config['checks']['split'] == 'random'
     assert student.config['checks']['top1'] is None
@@ -143,6 +149,30 @@ def test_impossible_export_writes_nothing(run, tmp_path):
     (tmp_path / 'mine.txt').write_text('precious')
     fails('nothing is overwritten', output=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
+
+
+def test_checkpoint_that_the_run_deletes_while_it_is_read_is_read_again(run, monkeypatch):
+    read, steps = Checkpoints.read, Checkpoints.steps
+    found = iter([[1], [2], [2], [2]])
+    monkeypatch.setattr(Checkpoints, 'steps', lambda self: next(found, None) or steps(self))
+    outcomes = iter([FileNotFoundError('1/state'), None])
+
+    def read_one(self):
+        if error := next(outcomes):
+            raise error
+        return read(self)
+
+    monkeypatch.setattr(Checkpoints, 'read', read_one)
+    assert saved.load(run.workdir).step == 2
+    # Nothing was deleted: the error is a fault of the checkpoint.
+    monkeypatch.setattr(Checkpoints, 'steps', steps)
+    monkeypatch.setattr(Checkpoints, 'read', lambda self: (self.directory / 'gone').read_bytes())
+    with pytest.raises(FileNotFoundError):
+        saved.load(run.workdir)
+    counter = itertools.count()
+    monkeypatch.setattr(Checkpoints, 'steps', lambda self: [next(counter)])
+    with pytest.raises(UserError, match='the run deletes its checkpoints before they are read'):
+        saved.load(run.workdir)
 
 
 def test_evaluation_on_unsuitable_data_is_an_error(run):

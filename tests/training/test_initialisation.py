@@ -59,6 +59,16 @@ def test_init_from_other_classes_leaves_the_classifier_random(tmp_path):
     assert not np.array_equal(own['fc']['kernel'], student.variables['params']['fc']['kernel'])
 
 
+def test_init_from_classes_in_another_order_permutes_the_classifier(tmp_path):
+    names = [str(label) for label in range(10)][::-1]
+    student = load_student(write(tmp_path / 'student', label_names=names))
+    state = initial_state(**PLAIN, **{'model.init_from': str(tmp_path / 'student')})
+    own = student_variables(state.variables, 0)['params']
+    for name, leaf in student.variables['params']['fc'].items():
+        np.testing.assert_array_equal(own['fc'][name], leaf[..., ::-1])
+    chex.assert_trees_all_equal(own['conv1'], student.variables['params']['conv1'])
+
+
 @pytest.mark.parametrize(
     ('folder', 'reason'),
     [
@@ -80,5 +90,5 @@ def test_init_from_unsuitable_student_is_an_error(tmp_path, folder, reason):
         if folder == 'folded':
             patch.setattr(initialisation.teachers, 'load_student', lambda *_: student)
         with pytest.raises(ConfigError, match=reason) as raised:
-            initialisation.load_student(config, method)
+            initialisation.load_student(config, method, ())
     assert raised.value.field == 'model.init_from'

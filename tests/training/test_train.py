@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from training_fixtures import (
     assert_same_run,
     cut_back,
@@ -162,3 +163,114 @@ def test_run_of_another_config_is_an_error_and_changes_nothing(finished):
     with pytest.raises(UserError, match='seed: 0 in the workdir, 1 now'):
         train.train_and_evaluate(small_config(seed=1, **FIELDS), finished[0])
     assert snapshot(finished[0]) == before
+
+
+# Runs on a folder of images. All errors come before anything is compiled.
+
+
+def write_images(root, count):
+    """Writes a folder of two classes: `count` images of each to train, two to test."""
+    for split, number in (('train', count), ('test', 2)):
+        for label in 'ab':
+            for index in range(number):
+                array = np.random.default_rng([index, ord(label), number]).integers(
+                    256, size=(8, 8, 3)
+                )
+                path = root / split / label / f'{index}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array.astype(np.uint8)).save(path)
+    return root
+
+
+def on_folder(root, **fields):
+    generated = {'data.generated_examples': 0, 'data.image_size': 0, 'method.name': 'independent'}
+    return small_config(**{**generated, 'data.root': str(root), 'train.steps': 2, **fields})
+
+
+@pytest.fixture(scope='module')
+def on_images(tmp_path_factory):
+    """A finished run of two steps, the same stopped after one, and the folder of both."""
+    folder = tmp_path_factory.mktemp('images')
+    config = on_folder(write_images(folder / 'data', 8))
+    result = train.train_and_evaluate(config, folder / 'finished')
+    with stopping_after(1), pytest.raises(Interrupted):
+        train.train_and_evaluate(config, folder / 'stopped')
+    return folder, result
+
+
+@pytest.mark.parametrize('run', ['finished', 'stopped'])
+def test_run_on_other_data_is_an_error_and_changes_nothing(on_images, tmp_path, run):
+    workdir = on_images[0] / run
+    before = snapshot(workdir)
+    grown = on_folder(write_images(tmp_path / 'grown', 9))
+    with pytest.raises(UserError, match=r'train: 16 images \(.* 18 images \(\S+ \w+\) now$'):
+        train.train_and_evaluate(grown, workdir)
+    renamed = shutil.copytree(on_images[0] / 'data', tmp_path / 'renamed')
+    for split in ('train', 'test'):
+        (renamed / split / 'b').rename(renamed / split / 'c')
+    message = r"label_names: only in the workdir \['b'\], only now \['c'\]$"
+    with pytest.raises(UserError, match=message):
+        train.train_and_evaluate(on_folder(renamed), workdir)
+    # A checkpoint has the same knowledge, whatever became of the file beside it.
+    if run == 'stopped':
+        copy = shutil.copytree(workdir, tmp_path / 'copy')
+        (copy / 'data.json').unlink()
+        with pytest.raises(UserError, match='a checkpoint of another config, data or teacher'):
+            train.train_and_evaluate(grown, copy)
+    assert snapshot(workdir) == before
+
+
+def test_run_on_moved_data_resumes_and_returns_the_same_result(on_images, tmp_path):
+    folder, result = on_images
+    moved = on_folder(shutil.copytree(folder / 'data', tmp_path / 'moved'))
+    workdir = shutil.copytree(folder / 'stopped', tmp_path / 'run')
+    assert train.train_and_evaluate(moved, folder / 'finished') == result
+    train.train_and_evaluate(moved, workdir)
+    assert_same_run(workdir, folder / 'finished')
+
+
+def test_run_finished_returns_its_result_with_a_note_if_its_data_is_gone(on_images, capsys):
+    folder, result = on_images
+    gone = on_folder(folder / 'gone')
+    assert train.train_and_evaluate(gone, folder / 'finished') == result
+    assert f'not compared with the data of this command: there is no {str(folder / "gone")!r}' in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match=r'data\.root=.*gone'):
+        train.train_and_evaluate(gone, folder / 'stopped')
+
+
+def test_run_of_an_earlier_version_returns_its_result_with_a_note(on_images, tmp_path, capsys):
+    folder, result = on_images
+    workdir = shutil.copytree(folder / 'finished', tmp_path / 'run')
+    (workdir / 'data.json').unlink()
+    assert train.train_and_evaluate(on_folder(folder / 'data'), workdir) == result
+    assert 'has no data.json' in capsys.readouterr().out
+
+
+def test_run_with_a_checkpoint_of_another_run_or_step_is_an_error(on_images, finished, tmp_path):
+    folder, _ = on_images
+    config = on_folder(folder / 'data')
+    workdir = shutil.copytree(folder / 'stopped', tmp_path / 'run')
+    checkpoints = workdir / 'checkpoints'
+    shutil.copytree(checkpoints / '1', checkpoints / '2')
+    with pytest.raises(UserError, match='is a copy of checkpoint 1'):
+        train.train_and_evaluate(config, workdir)
+    shutil.rmtree(checkpoints / '2')
+    shutil.copytree(finished[0] / 'checkpoints/9', checkpoints / '9')
+    for start in (lambda: train.train_and_evaluate(config, workdir), lambda: saved.load(workdir)):
+        with pytest.raises(UserError, match=r'a checkpoint of another config.* train\.steps: 9 in'):
+            start()
+
+
+@pytest.mark.parametrize('content', [None, b'', b'\x00\x00{"st'])
+def test_run_without_its_records_finishes(on_images, tmp_path, capsys, content):
+    folder, result = on_images
+    workdir = shutil.copytree(folder / 'finished', tmp_path / 'run')
+    for name in ('result.json', 'curves.png', 'metrics.jsonl'):
+        (workdir / name).unlink()
+    if content is not None:
+        (workdir / 'metrics.jsonl').write_bytes(content)
+    again = train.train_and_evaluate(on_folder(folder / 'data'), workdir)
+    assert again == {**result, 'name': 'run'}
+    assert 'holds no records: curves.png is not drawn' in capsys.readouterr().out

@@ -359,3 +359,33 @@ def test_checkpoint_inside_a_running_event_loop_works_silently(tmp_path, caplog)
     with caplog.at_level(logging.WARNING):
         assert_same(asyncio.run(save_and_restore()).state, small(1))
     assert caplog.messages == []
+
+
+def test_checkpoint_copied_under_another_step_is_an_error(tmp_path):
+    directory = tmp_path / 'checkpoints'
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(5, small(5), {})
+    shutil.copytree(directory / '5', directory / '9')
+    with (
+        Checkpoints(directory) as checkpoints,
+        pytest.raises(UserError, match=r"/9' is a copy of checkpoint 5: move it away"),
+    ):
+        checkpoints.restore_latest(small(0))
+
+
+def test_checkpoint_of_another_run_is_an_error_before_its_arrays_are_read(tmp_path):
+    def check(progress):
+        raise UserError(f'of run {progress["run"]}')
+
+    with Checkpoints(tmp_path, check=check) as checkpoints:
+        checkpoints.save(5, small(5), {'run': 3})
+        with pytest.raises(UserError, match='of run 3'):
+            checkpoints.restore_latest({'other': jnp.zeros(3)})
+
+
+def test_checkpoint_that_cannot_be_read_back_is_an_error_at_the_first(tmp_path):
+    """Orbax takes this path for a pattern that does not match it."""
+    checkpoints = Checkpoints(tmp_path / 'lr=[0.1]')
+    checkpoints.save(5, {'w': np.ones(3)}, {})
+    with pytest.raises(UserError, match=r"\[0\.1\]/5' cannot be read back: .*does not exist"):
+        checkpoints.close()

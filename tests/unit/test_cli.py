@@ -1,5 +1,8 @@
 """Flags of the commands: configs from anywhere, and one line for each mistake."""
 
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -101,3 +104,27 @@ def test_fault_in_a_config_keeps_its_traceback(parse, tmp_path):
     (tmp_path / 'config.py').write_text('def get_config(options=""):\n    return {}["name"]\n')
     with pytest.raises(KeyError, match='name'):
         parse(f'--config={tmp_path}/config.py', '--config.seed=1')
+
+
+PRINTS = """
+from one_jax.runtime import cli
+with cli.reporting_errors():
+    for _ in range(100_000):
+        print('caf\\u00e9 \\udcff')
+"""
+
+
+def test_output_that_nobody_reads_ends_quietly():
+    command = [sys.executable, '-c', PRINTS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b''
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_names_that_the_terminal_cannot_print_are_escaped():
+    environment = {**os.environ, 'PYTHONIOENCODING': 'ascii'}
+    command = [sys.executable, '-c', PRINTS.replace('100_000', '1')]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert done.stdout == b'caf\\xe9 \\udcff\n'

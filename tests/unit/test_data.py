@@ -80,7 +80,7 @@ def test_facts_of_different_images_differ(cifar10_dir):
     assert facts == data.open(config).facts()
     config.examples_per_class = 2
     other = data.open(config).facts()
-    assert {name for name in facts if facts[name] != other[name]} == {'train images'}
+    assert {name for name in facts if facts[name] != other[name]} == {'train'}
 
 
 def test_open_without_data_dir_takes_tfds_default_and_any_version(tmp_path, monkeypatch):
@@ -241,12 +241,32 @@ def test_validation_is_stratified_disjoint_and_does_not_change_subsets():
     assert rows(small['train']) == rows(alone['train'])
 
 
+def test_validation_holds_out_at_least_one_image_of_every_class():
+    labels = np.repeat([0, 1, 2], [2, 3, 30])
+    train = data.Examples(np.arange(35, dtype=np.uint8).reshape(35, 1, 1, 1), labels)
+    config = data_config(validation_fraction=0.1)
+    splits = resident.select(train, ('a', 'b', 'c'), config)
+    assert np.bincount(splits['validation'].labels).tolist() == [1, 1, 3]
+    assert np.bincount(splits['train'].labels).tolist() == [1, 2, 27]
+    with pytest.raises(ConfigError, match=r"classes of one image \(1: 'a'\)"):
+        resident.select(train.take(slice(1, None)), ('a', 'b', 'c'), config)
+
+
+def test_open_set_of_train_alone_holds_the_last_fifth_out(tmp_path, capsys):
+    images, labels = random_split(40, (8, 8, 3), 4, seed=0)
+    write_set(tmp_path, 'train_alone', {'train': (images, labels)}, names=4)
+    source = data.open(data_config(name='train_alone', data_dir=str(tmp_path)))
+    train, test = rows(source.examples('train')), rows(source.examples('test'))
+    assert (len(train), len(test)) == (32, 8)
+    assert train | test == written_rows((images, labels))
+    assert 'has no test images' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
         ({'examples_per_class': 41}, r'data\.examples_per_class=41 .* 0 \(all\) to 40'),
         ({'examples_per_class': 37, 'validation_fraction': 0.1}, r'to 36, .* the smallest class'),
-        ({'validation_fraction': 0.01}, r'data\.validation_fraction=0\.01 .* 40 images'),
     ],
 )
 def test_subset_larger_than_a_class_is_an_error(fields, message):
@@ -376,12 +396,12 @@ def test_open_set_that_is_not_image_classification_is_an_error(tmp_path):
     write_set(tmp_path, 'no_image', splits, label=label)
     write_set(tmp_path, 'regression', splits, image=image, label=tfds.features.Scalar(np.int64))
     write_set(tmp_path, 'any_size', splits, image_shape=(None, None, 3))
-    write_set(tmp_path, 'no_test', {'train': splits['train']})
+    write_set(tmp_path, 'no_test', {'train': splits['train'], 'extra': splits['train']})
     for name, reason in {
         'no_image': r"lacks the features 'image' .*it has label \(ClassLabel\)",
         'regression': r'it has image \(Image\), label \(Scalar\)',
         'any_size': r'have the shape \(None, None, 3\)',
-        'no_test': r"must have the splits 'train' and 'validation': .*\['train'\]",
+        'no_test': r"must have the splits 'train' and 'validation': .*\['train', 'extra'\]",
     }.items():
         with pytest.raises(UserError, match=reason) as error:
             data.open(data_config(name=name, data_dir=str(tmp_path)))

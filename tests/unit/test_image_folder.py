@@ -1,6 +1,8 @@
 """Folders of images: layouts, odd files, every colour mode, errors."""
 
 import io
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from tfds_fixtures import data_config
 from one_jax import data
 from one_jax.data import image_folder
 from one_jax.errors import ConfigError, UserError
+from one_jax.predict import find_images
 from one_jax.runtime import memory
 
 
@@ -204,14 +207,14 @@ def test_open_folder_of_several_sizes_requires_image_size(tmp_path):
 def test_open_folder_notes_ignored_files(tmp_path, capsys):
     write_tree(tmp_path, {'train/a': 2, 'train/b': 2, 'test/a': 1, 'test/b': 1})
     odd = ['train/README.txt', 'train/a/.DS_Store', 'train/a/notes.txt', 'train/b/Thumbs.db']
-    for name in [*odd, 'test/labels.csv', 'test/a/x.gif']:
+    for name in [*odd, 'test/labels.csv', 'test/a/x.mp4']:
         (tmp_path / name).write_text('odd')
     (tmp_path / 'train/a/more').mkdir()
     source = data.open(folder_config(tmp_path))
     assert (len(source.examples('train')), len(source.examples('test'))) == (4, 2)
     (line,) = capsys.readouterr().out.splitlines()
     assert '(7 in all)' in line
-    assert "'test/a/x.gif', 'test/labels.csv', 'train/README.txt'" in line
+    assert "'test/a/x.mp4', 'test/labels.csv', 'train/README.txt'" in line
     assert 'Thumbs.db' not in line
 
 
@@ -262,12 +265,177 @@ def test_open_folder_with_empty_or_unknown_classes_is_an_error(tmp_path, counts,
 
 
 def test_open_folder_notes_classes_missing_in_test(tmp_path, capsys):
-    write_tree(tmp_path, {'train/a': 1, 'train/b': 1, 'train/c': 1, 'test/b': 1, 'val/a': 1})
+    write_tree(tmp_path, {'train/a': 1, 'train/b': 1, 'train/c': 1, 'test/b': 1})
     source = data.open(folder_config(tmp_path))
     assert source.examples('test').labels.tolist() == [1]
+    assert "classes without an image in test: 'a', 'c'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_open_folder_with_val_and_test_validates_on_val(tmp_path, capsys, stream):
+    counts = {'train/a': 3, 'train/b': 3, 'test/b': 1, 'val/a': 2, 'valid/a': 1}
+    write_tree(tmp_path, counts)
+    source = data.open(folder_config(tmp_path, stream=stream, image_size=8))
+    assert source.evaluation_splits == ('validation', 'test')
+    (batch,) = source.evaluation_batches('validation', 8)
+    assert batch['label'][batch['mask'] > 0].tolist() == [0, 0]
+    assert 'valid is not used, test is' in capsys.readouterr().out
+    if not stream:
+        data.open(folder_config(tmp_path, validation_fraction=0.4))
+        assert 'val is not used, images of train are held out' in capsys.readouterr().out
+
+
+def test_open_folder_of_classes_alone_holds_images_out(tmp_path, capsys, monkeypatch):
+    write_tree(tmp_path / 'pets', {'cat': 5, 'dog': 5, '.git': 1})
+    monkeypatch.setenv('HOME', str(tmp_path))
+    source = data.open(folder_config('~/pets'))
+    assert source.label_names == ('cat', 'dog')
+    assert (source.spec.num_train, source.spec.num_test) == (8, 2)
     output = capsys.readouterr().out
-    assert "classes without an image in test: 'a', 'c'" in output
-    assert 'val is not used, test is' in output
+    assert 'there is no folder train: its folders are the classes' in output
+    assert "ignored files that are not images: '.git'" in output
+
+
+def test_open_folder_skips_hidden_entries_and_loops_with_a_note(tmp_path, capsys):
+    write_tree(tmp_path, {'train/a': 2, 'train/b': 2, 'test/a': 1, 'test/b': 1})
+    write_tree(tmp_path, {'train/.ipynb_checkpoints': 2, 'test/.ipynb_checkpoints': 1})
+    (tmp_path / 'train/a/._0.png').write_bytes(b'resource fork')
+    (tmp_path / 'train/a/loop.png').symlink_to('loop.png')
+    source = data.open(folder_config(tmp_path))
+    assert source.label_names == ('a', 'b')
+    assert (source.spec.num_train, source.spec.num_test) == (4, 2)
+    output = capsys.readouterr().out
+    for name in ('train/.ipynb_checkpoints', 'train/a/._0.png', 'train/a/loop.png'):
+        assert name in output
+    # Predictions are made for the same images.
+    assert len(find_images([tmp_path])) == 6
+
+
+@pytest.mark.parametrize('extension', ['tif', 'TIFF', 'gif', 'ppm', 'jfif', 'webp'])
+def test_open_folder_reads_every_extension(tmp_path, extension):
+    write_tree(tmp_path, {'train/a': 1, 'train/b': 2, 'test/a': 1})
+    grey = np.full((8, 8, 3), 77, np.uint8)
+    path = tmp_path / f'train/a/x.{extension}'
+    form = {'jfif': 'JPEG'}.get(extension)
+    Image.fromarray(grey).save(path, form, lossless=True)
+    train = data.open(folder_config(tmp_path)).examples('train')
+    assert (len(train), train.labels.tolist()) == (4, [0, 0, 1, 1])
+    np.testing.assert_array_equal(train.images[1], grey)
+
+
+def test_read_image_of_more_than_16_bits_is_an_error(tmp_path):
+    for array in (np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32)):
+        Image.fromarray(array).save(tmp_path / 'x.tif')
+        with pytest.raises(ValueError, match='more than 16 bits'):
+            image_folder.read_image(tmp_path / 'x.tif')
+
+
+def test_read_image_with_unrelated_exif_damage_is_read(tmp_path):
+    """A tag of a wrong type, which PIL cannot write again; and data that is no EXIF at all."""
+    array = pixels(3, (6, 10, 3))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, 'maker'
+    whole = exif.tobytes()
+    # The maker's name is declared as an unknown type.
+    broken = whole.replace(b'\x0f\x01\x02\x00', b'\x0f\x01\x63\x00')
+    broken = broken.replace(b'\x01\x0f\x00\x02', b'\x01\x0f\x00\x63')
+    assert broken != whole
+    for data_, turns in ((whole, -1), (broken, -1), (b'Exif\0\0II*\0garbage', 0), (whole[:20], 0)):
+        write(tmp_path / 'x.png', array, exif=data_)
+        expected = np.rot90(array, turns)
+        np.testing.assert_array_equal(image_folder.read_image(tmp_path / 'x.png'), expected)
+
+
+ORIENTATIONS = {
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: np.swapaxes(x, 0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.swapaxes(np.rot90(x, 2), 0, 1),
+    8: np.rot90,
+}
+MODES = ('RGB', 'L', 'I;16', 'P', 'RGBA', 'CMYK')
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """A folder with photos of every EXIF orientation and colour mode; returns their pixels."""
+    root, expected = tmp_path_factory.mktemp('photos'), []
+    for orientation, turn in ORIENTATIONS.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for mode in MODES:
+            array = pixels(orientation, (12, 20, 3))
+            image = Image.fromarray(array)
+            if mode == 'I;16':
+                image = Image.fromarray(array[..., 0].astype(np.uint16) * 256 + 9)
+            else:
+                image = image.convert(mode)
+            name = f'{orientation}{MODES.index(mode)}.' + ('jpg' if mode == 'CMYK' else 'png')
+            plain = root / 'plain' / name
+            for path in (root / 'train/a' / name, root / 'test/a' / name, plain):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image.save(path, **({} if path == plain else {'exif': exif}))
+            expected.append(turn(image_folder.decode(plain.read_bytes())))
+    write_tree(root, {'train/b': 1, 'test/b': 1})
+    return root, expected
+
+
+def test_read_image_of_every_orientation_and_mode_is_upright(photos):
+    root, expected = photos
+    for path, upright in zip(sorted((root / 'train/a').iterdir()), expected, strict=True):
+        np.testing.assert_array_equal(image_folder.read_image(path), upright, err_msg=path.name)
+
+
+@pytest.mark.parametrize('augment', ['none', 'pad_crop', 'pad_crop_flip'])
+def test_stream_with_chosen_augmentation_has_the_pixels_of_memory_and_predict(photos, augment):
+    root, _ = photos
+    fields = {'image_size': 8, 'augment': augment}
+    memory_source = data.open(folder_config(root, **fields))
+    stream = data.open(folder_config(root, stream=True, **fields))
+    assert stream.description()['crop'] == memory_source.description()['crop'] == 1.0
+    assert (stream.spec.augment, stream.spec.padding) == (augment, 1)
+    resident, streamed = (
+        next(iter(source.evaluation_batches('test', 49))) for source in (memory_source, stream)
+    )
+    np.testing.assert_array_equal(streamed['image'], resident['image'])
+    batch = next(stream.train_batches(49, 0).iterate(0))
+    assert by_image(data.Examples(batch['image'], batch['label'])) == by_image(
+        memory_source.examples('train')
+    )
+    for path, image in zip(sorted((root / 'test/a').iterdir()), streamed['image'], strict=False):
+        np.testing.assert_array_equal(image_folder.read_image(path, (8, 8)), image)
+
+
+def test_stream_with_default_crops_evaluates_the_pixels_of_predict(photos):
+    root, _ = photos
+    stream = data.open(folder_config(root, stream=True, image_size=8))
+    crop = stream.description()['crop']
+    assert crop == 0.875
+    (batch,) = stream.evaluation_batches('test', 49)
+    for path, image in zip(sorted((root / 'test/a').iterdir()), batch['image'], strict=False):
+        np.testing.assert_array_equal(image_folder.read_image(path, (8, 8), crop), image)
+    for stream in (False, True):
+        config = folder_config(root, stream=stream, image_size=8, augment='none')
+        (again,) = data.open(config, crop).evaluation_batches('test', 49)
+        np.testing.assert_array_equal(again['image'], batch['image'])
+    with pytest.raises(ConfigError, match=r'data\.padding=2 .*choose data\.augment too'):
+        data.open(folder_config(root, stream=True, image_size=8, padding=2))
+
+
+def test_open_stream_lists_all_damaged_images_at_the_start(tmp_path):
+    write_tree(tmp_path, {'train/a': 3, 'train/b': 2, 'test/a': 2, 'test/b': 1})
+    jpeg = io.BytesIO()
+    Image.fromarray(pixels(7, (64, 64, 3))).save(jpeg, 'JPEG')
+    for name in ('train/a/1', 'test/a/1'):
+        (tmp_path / f'{name}.jpg').write_bytes(jpeg.getvalue()[:-200])
+    (tmp_path / 'test/b/0.png').write_bytes(b'')
+    with pytest.raises(UserError, match='3 images cannot be read') as error:
+        data.open(folder_config(tmp_path, stream=True, image_size=8))
+    for name in ('train/a/1.jpg', 'test/a/1.jpg', 'test/b/0.png (empty file)'):
+        assert name in str(error.value)
 
 
 def test_open_folder_larger_than_memory_is_an_error_before_it_is_read(tmp_path, monkeypatch):
@@ -285,10 +453,56 @@ def test_generated_images_need_no_folder():
     assert data.open(config).examples('train').images.shape == (16, 48, 48, 3)
 
 
-def test_read_image_of_postscript_is_an_error_whatever_its_name(tmp_path):
+@pytest.mark.parametrize('stream', [False, True])
+def test_open_folder_with_postscript_is_an_error_and_runs_nothing(tmp_path, monkeypatch, stream):
     """A PostScript file is a program, whatever its name says."""
     write_tree(tmp_path, {'train/cat': 2, 'train/dog': 2})
+    marker = tmp_path / 'ghostscript_was_started'
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/gs').write_text(f'#!/bin/sh\ntouch {marker}\n')
+    (tmp_path / 'bin/gs').chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path / 'bin'), prepend=os.pathsep)
     eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n'
     (tmp_path / 'train/cat/9.png').write_bytes(eps)
     with pytest.raises(UserError, match=r'9\.png.*cannot identify image file'):
-        data.open(folder_config(tmp_path, image_size=8))
+        data.open(folder_config(tmp_path, image_size=8, stream=stream))
+    with pytest.raises(OSError, match='cannot identify image file: not PNG, JPEG'):
+        image_folder.decode(eps)  # CINIC-10, prepared records and streams of TFRecords.
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_fingerprint_of_a_folder_follows_content_not_place(tmp_path, stream):
+    root = tmp_path / 'root'
+    write_tree(root, {'train/a': 3, 'train/b': 2, 'test/a': 1, 'test/b': 1})
+
+    def fingerprint(root):
+        fields = {'image_size': 8, 'stream': stream}
+        return data.open(folder_config(root, **fields)).fingerprint
+
+    before = fingerprint(root)
+    assert before['label_names'] == ['a', 'b']
+    assert before['train'].startswith('5 images (checksum ')
+    # Copied, with new times, to another place.
+    shutil.copytree(root, tmp_path / 'copy', copy_function=shutil.copyfile)
+    assert fingerprint(tmp_path / 'copy') == before
+    # The content of two files, which have the same size, changes places; then one file is new.
+    first, second = root / 'train/a/0.png', root / 'train/b/0.png'
+    content = [path.read_bytes() for path in (first, second)]
+    assert len(content[0]) == len(content[1])
+    first.write_bytes(content[1])
+    second.write_bytes(content[0])
+    swapped = fingerprint(root)
+    assert {name for name in before if before[name] != swapped[name]} == {'train'}
+    write(root / 'test/b/new.png', pixels(99))
+    assert fingerprint(root)['test'].startswith('3 images')
+    assert fingerprint(root)['train'] == swapped['train']
+    (root / 'train/b').rename(root / 'train/c')
+    (root / 'test/b').rename(root / 'test/c')
+    assert fingerprint(root)['label_names'] == ['a', 'c']
+
+
+def test_exists_tells_folders_that_are_gone(tmp_path):
+    assert not data.exists(folder_config(tmp_path / 'gone'))
+    assert data.exists(folder_config(tmp_path))
+    assert data.exists(folder_config(tmp_path / 'gone', generated_examples=8))

@@ -1,5 +1,7 @@
 """Students of weights trained elsewhere: logits, what is written, and what is an error."""
 
+import re
+
 import chex
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from one_jax import config as config_lib
 from one_jax import data, methods, models
 from one_jax.errors import ConfigError, UserError
 from one_jax.runtime import files
-from one_jax.students import torch_interop
+from one_jax.students import folder, torch_interop
 from one_jax.students.importing import import_student
 from one_jax.training import teachers
 
@@ -57,8 +59,40 @@ def test_imported_student_predicts_and_teaches(tmp_path, images):
 
     config.update_from_flattened_dict({'method.name': 'kd', 'method.teachers': str(output)})
     method = methods.create(config_lib.resolve(config))
-    (teacher,) = teachers.load(method, data.open(config.data).spec)
+    source = data.open(config.data)
+    (teacher,) = teachers.load(method, source.spec, source.label_names)
     chex.assert_trees_all_equal(teacher.variables, variables)
+
+
+def test_names_of_other_cifar_code_are_read(tmp_path):
+    variables = write_plain(tmp_path / 'weights.safetensors')
+    weights = safetensors.numpy.load_file(tmp_path / 'weights.safetensors')
+    renamed = {
+        re.sub(r'^fc\.', 'linear.', name.replace('.downsample.', '.shortcut.')): array
+        for name, array in weights.items()
+    }
+    assert {'linear.weight', 'layer2.0.shortcut.0.weight'} <= renamed.keys()
+    safetensors.numpy.save_file(renamed, tmp_path / 'theirs.safetensors')
+    config = generated_config().data
+    student = import_student(tmp_path / 'theirs.safetensors', 'resnet8', config, tmp_path / 's')
+    chex.assert_trees_all_equal(student.variables, variables)
+    # Two classifiers are ambiguous.
+    both = {**renamed, 'fc.weight': weights['fc.weight'], 'fc.bias': weights['fc.bias']}
+    safetensors.numpy.save_file(both, tmp_path / 'both.safetensors')
+    with pytest.raises(UserError, match=r'unknown linear\.bias'):
+        import_student(tmp_path / 'both.safetensors', 'resnet8', config, tmp_path / 't')
+
+
+def test_folder_that_another_export_wrote_meanwhile_is_kept(tmp_path):
+    def write(folder_name):
+        with folder.whole_or_not_at_all(tmp_path / folder_name) as temporary:
+            (temporary / 'mine').write_text('2')
+            (tmp_path / folder_name).mkdir()
+            (tmp_path / folder_name / 'theirs').write_text('1')
+
+    with pytest.raises(UserError, match='nothing is overwritten'):
+        write('student')
+    assert [path.name for path in tmp_path.rglob('*')] == ['student', 'theirs']
 
 
 @pytest.mark.parametrize('branch', ['1', 'ensemble', 'teacher'])
@@ -111,7 +145,9 @@ def test_import_that_does_not_fit_writes_nothing(tmp_path, case):
     assert not output.exists()
 
 
-@pytest.mark.parametrize(('value', 'words'), [(np.nan, 'NaN or infinity in fc'), (3e38, 'logits')])
+@pytest.mark.parametrize(
+    ('value', 'words'), [(np.nan, 'NaN, infinity or'), (3e38, 'above 1e20 in fc')]
+)
 def test_import_of_weights_that_diverged_writes_nothing(tmp_path, value, words):
     weights, output = tmp_path / 'weights.safetensors', tmp_path / 'student'
     write_plain(weights)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 from student_fixtures import generated_config, write_student
 
@@ -58,6 +59,28 @@ def test_command_prints_a_table_or_json_lines(folder, tmp_path, capsys):
     predict.main([str(tmp_path / 'images/001.png'), f'--student={folder}', '--json'])
     (line,) = capsys.readouterr().out.splitlines()
     assert len(json.loads(line)['classes']) == 5
+
+
+def test_names_with_control_characters_are_escaped(tmp_path, capsys):
+    names = [f'\x1b[31m{label}\n' for label in range(10)]
+    folder = write_student(tmp_path / 'student', generated_config(), label_names=names)
+    save_images(tmp_path / 'images', 1)
+    predict.main([str(tmp_path / 'images'), f'--student={folder}', '--top=1'])
+    output = capsys.readouterr().out
+    assert '\x1b' not in output
+    assert r'\x1b[31m' in output
+    assert len(output.splitlines()) == 3
+
+
+def test_logits_that_are_not_finite_are_an_error(tmp_path):
+    folder = write_student(tmp_path / 'student', generated_config())
+    weights = safetensors.numpy.load_file(folder / 'student.safetensors')
+    for name in ('layer3.0.bn2.weight', 'fc.weight'):
+        weights[name][:] = 9e19
+    safetensors.numpy.save_file(weights, folder / 'student.safetensors')
+    save_images(tmp_path / 'images', 1)
+    with pytest.raises(UserError, match=r'student=.*student.* a student with finite logits'):
+        predict.main([str(tmp_path / 'images'), f'--student={folder}'])
 
 
 def test_program_with_the_name_of_an_image_is_not_run(folder, tmp_path):

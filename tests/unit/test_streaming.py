@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import shutil
 import sys
 
 import jax
@@ -359,7 +360,10 @@ def test_streaming_damaged_or_missing_shards_is_an_error(tmp_path):
     (path,) = folder.glob('*train*')
     whole = path.read_bytes()
     damaged = tfds.builder_from_directory(folder)
-    for content in (whole[:-40], whole + b'1234', b'\xff' * 8 + whole[8:]):
+    # One bit of the last image, and a checksum.
+    changed = whole[:-60] + bytes([whole[-60] ^ 1]) + whole[-59:]
+    checksum = whole[:-1] + bytes([whole[-1] ^ 1])
+    for content in (whole[:-40], whole + b'1234', b'\xff' * 8 + whole[8:], changed, checksum):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r'train\.tfrecord-00000-of-00001 cannot be read'):
             take(streaming.StreamedBatches(TFRecords(damaged, 'train'), 2, SEED, SIZE), 1)
@@ -438,7 +442,7 @@ def test_open_streamed_folder_describes_crops_and_skips_memory(tmp_path):
     assert source.spec.mean == data.DATASETS['imagenet2012'].mean
     assert source.examples('train') is None
     assert source.evaluation_splits == ('test',)
-    assert source.facts()['label_names'] == ('a', 'b')
+    assert source.facts()['label_names'] == ['a', 'b']
     assert source.description()['crop'] == 0.875
     source = data.open(data_config(image_size=16, **fields))
     (batch,) = source.evaluation_batches('test', 8)
@@ -467,6 +471,23 @@ def test_open_tfrecord_shards_gives_the_examples_and_order_of_array_record(tmp_p
         np.testing.assert_array_equal(actual.labels, expected.labels)
 
 
+def test_fingerprint_of_streamed_records_follows_content_not_place(tmp_path, builder):
+    def fingerprint(data_dir):
+        config = data_config(name='imagenet2012', data_dir=str(data_dir), image_size=SIZE)
+        return data.open(config).fingerprint
+
+    before = fingerprint(builder.data_path.parent.parent)
+    assert before['train'].startswith(f'{COUNT} images (checksum ')
+    copied = shutil.copytree(builder.data_path.parent.parent, tmp_path / 'copied')
+    assert fingerprint(copied) == before
+    shard = next(copied.rglob('*train.tfrecord*'))
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    after = fingerprint(copied)
+    assert {name for name in before if before[name] != after[name]} == {'train'}
+
+
 def test_open_grey_tfrecord_makes_rgb(tmp_path):
     splits = {split: random_split(6, (16, 24, 1), 3, seed=2) for split in ('train', 'test')}
     write_set(tmp_path, 'my_digits', splits, names=3, file_format='tfrecord')
@@ -488,3 +509,15 @@ def test_open_tfrecord_without_tensorflow_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tensorflow', None)
     with pytest.raises(UserError, match=r"pip install 'one_jax\[tensorflow\]'"):
         data.open(data_config(data_dir=str(tmp_path)))
+
+
+def test_stream_of_tfrecords_with_chosen_augmentation_has_the_pixels_of_memory(tmp_path):
+    write_set(tmp_path, 'cifar10', cifar10_splits(), file_format='tfrecord')
+    config = {'data_dir': str(tmp_path), 'augment': 'pad_crop'}
+    memory = data.open(data_config(**config))
+    stream = data.open(data_config(stream=True, image_size=32, **config))
+    assert (stream.spec.augment, stream.spec.padding) == ('pad_crop', 4)
+    batches = (next(source.evaluation_batches('test', 20)) for source in (memory, stream))
+    assert_equal(*([batch] for batch in batches))
+    batch = next(stream.train_batches(40, SEED).iterate(0))
+    assert rows(data.Examples(batch['image'], batch['label'])) == rows(memory.examples('train'))

@@ -129,6 +129,22 @@ def test_rooms_only_runtime_uses_jax_distributed():
     assert found == []
 
 
+def test_images_are_opened_with_a_list_of_formats_alone():
+    """Without one, Pillow runs the program in a PostScript file, whatever its name."""
+    found = [
+        f'{path}: {ast.unparse(node)}'
+        for path, tree in modules()
+        for node in ast.walk(tree)
+        if (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).endswith('Image.open')
+            and 'formats' not in {keyword.arg for keyword in node.keywords}
+        )
+        or (isinstance(node, ast.ImportFrom) and node.module == 'PIL.Image')
+    ]
+    assert found == []
+
+
 def test_reporting_imports_neither_jax_nor_flax():
     found = [
         f'{path} imports {name}'

@@ -9,6 +9,7 @@ from student_fixtures import generated_config, make_ensemble, write_student
 
 from one_jax.errors import UserError
 from one_jax.students import config as student_config
+from one_jax.students import weights_file
 from one_jax.students.student import Student, load_student
 
 
@@ -34,6 +35,62 @@ def test_student_of_other_data_is_an_error(folder):
     spec = type('Spec', (), {'num_classes': 7, 'image_shape': (16, 8, 3), 'name': 'tall'})
     with pytest.raises(UserError, match=r"input_size': \[8, 8\]}, the data set 'tall' .*\[16, 8\]"):
         load_student(folder).check_data(spec)
+
+
+@pytest.mark.parametrize(
+    ('names', 'words'),
+    [
+        (list('abcdefX'), "the student lacks 'X'; the data set lacks 'g'"),
+        (list('abcdef'), "the data set lacks 'g'"),
+        ([f'class {n}' for n in range(7)], "'class 4' and 2 more; the data set lacks 'a', 'b'"),
+        (list('abcdeff'), "the data set lacks 'g'"),
+    ],
+)
+def test_student_of_other_classes_is_an_error(folder, names, words):
+    with pytest.raises(UserError, match=words) as raised:
+        load_student(folder).for_classes(names)
+    assert str(folder) in str(raised.value)
+    assert '\n' not in str(raised.value)
+
+
+def test_student_of_classes_in_another_order_has_its_logits_permuted(folder, capsys):
+    student = load_student(folder)
+    images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    turned = student.for_classes(list('bcdefga'))
+    assert 'another order: matched by name' in capsys.readouterr().out
+    assert turned.label_names == list('bcdefga')
+    np.testing.assert_array_equal(turned(images), np.roll(student(images), -1, axis=-1))
+    again = turned.for_classes(list('gfedcba'))
+    np.testing.assert_array_equal(again(images), student(images)[:, ::-1])
+
+
+def test_student_of_numbered_classes_is_matched_by_place(folder, capsys):
+    student = load_student(folder)
+    assert student.for_classes(list('abcdefg')) is student
+    assert student.for_classes([]) is student
+    assert capsys.readouterr().out == ''
+    assert student.for_classes([str(n) for n in range(7)]) is student
+    assert 'note: ' in capsys.readouterr().out
+    with pytest.raises(UserError, match='the student lacks'):
+        student.for_classes([str(n) for n in range(8)])
+
+
+def test_flipped_bit_in_weights_with_a_checksum_is_an_error(folder):
+    path = folder / 'student.safetensors'
+    set_fields(weights_sha256=weights_file.digest(path))(folder)
+    load_student(folder)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r'its SHA-256=.* is not allowed: .* copy the folder again'):
+        load_student(folder)
+
+
+def test_run_given_as_a_student_is_named_as_such(folder):
+    (folder / 'checkpoints').mkdir()
+    (folder / 'student.safetensors').unlink()
+    with pytest.raises(UserError, match=r'is a run, not a student: python -m one_jax\.export'):
+        load_student(folder)
 
 
 def test_teacher_ignores_settings_that_its_method_no_longer_has():
@@ -98,9 +155,10 @@ DAMAGE = {
     'unknown network': (set_fields(network='../vgg16'), "model.name='../vgg16' is not allowed"),
     'other classes': (set_fields(**FIVE), 'fc.bias has shape (7,) and not (5,)'),
     'number of classes': (set_fields(num_classes=-1), 'num_classes=-1 is not allowed'),
-    'image size': (set_fields(input_size=[10**9, 16]), 'whole numbers from 1 to 16,384'),
+    'image size': (set_fields(input_size=[10**9, 16]), 'whole numbers from 1 to 4,096'),
     'one mean': (set_fields(mean=[0.5]), 'mean=[0.5] is not allowed: three numbers'),
     'no deviation': (set_fields(std=[0.2, 0, 0.2]), 'three numbers above 0'),
+    'deviation of float64': (set_fields(std=[1e-40] * 3), 'three numbers above 0, in float32'),
     'too few names': (set_fields(label_names=['a']), 'label_names has 1 names'),
     'crop': (set_fields(crop=0), 'crop=0 is not allowed: a number above 0, at most 1'),
     'data field': (set_fields(data={'url': 'x'}), 'the fields name, '),
@@ -108,7 +166,10 @@ DAMAGE = {
     'unknown dtype': (write('student.safetensors', EIGHT_BITS), "student.safetensors' is damaged"),
     'truncated weights': (truncate, "student.safetensors' is damaged"),
     'pickled weights': (write('student.safetensors', b'\x80\x04K\x01.'), 'is damaged'),
-    'infinite weights': (change('fc.weight', (2, 3), np.inf), 'NaN or infinity in fc.weight'),
+    'infinite weights': (
+        change('fc.weight', (2, 3), np.inf),
+        'NaN, infinity or numbers above 1e20 in fc.weight',
+    ),
     'negative variance': (
         change('layer1.0.bn2.running_var', 5, -0.1),
         'negative variances in layer1.0.bn2.running_var',

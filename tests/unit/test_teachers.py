@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from student_fixtures import write_student
 from training_fixtures import small_config
@@ -20,8 +21,11 @@ def make_config(folders, **fields):
     return small_config(**{**kd, **fields})
 
 
-def load(folder):
-    return teachers.load(methods.create(make_config([folder])), SPEC)
+NUMBERS = [str(label) for label in range(10)]
+
+
+def load(folder, label_names=NUMBERS):
+    return teachers.load(methods.create(make_config([folder])), SPEC, label_names)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,21 @@ def test_teacher_of_other_data_is_an_error(tmp_path, changes, words):
     folder = write_student(tmp_path / 'teacher', make_config([]), **changes)
     with pytest.raises(ConfigError, match=words) as raised:
         load(folder)
+    assert (raised.value.field, raised.value.value) == ('method.teachers', str(folder))
+
+
+def test_teacher_of_classes_in_another_order_has_its_logits_permuted(tmp_path, capsys):
+    names = list('abcdefghij')
+    folder = write_student(tmp_path / 'teacher', make_config([]), label_names=names)
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    (plain,), (turned,) = load(folder, names), load(folder, names[::-1])
+    assert capsys.readouterr().out.count('another order: matched by name') == 1
+    expected, actual = (teachers.logits((t,), (t.variables,), images) for t in (plain, turned))
+    np.testing.assert_array_equal(actual, expected[..., ::-1])
+    with pytest.raises(
+        ConfigError, match="the student lacks 'k'; the data set lacks 'a'"
+    ) as raised:
+        load(folder, [*names[1:], 'k'])
     assert (raised.value.field, raised.value.value) == ('method.teachers', str(folder))
 
 

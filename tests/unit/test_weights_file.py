@@ -36,7 +36,10 @@ UNREADABLE = {
     'pickled.safetensors': (pickle.dumps({'a': np.ones(3)}), 'is damaged'),
     'empty.safetensors': (b'', 'is damaged'),
     'nothing.safetensors': (safetensors.numpy.save({}), 'holds no state dict'),
-    'weights.h5': (b'\x89HDF', 'a file that ends in one of .safetensors, .pth, .pt, .pth.tar'),
+    'weights.h5': (
+        b'\x89HDF',
+        'a file that ends in one of .safetensors, .pth, .pt, .pth.tar, .th, .ckpt, .bin',
+    ),
 }
 
 
@@ -53,9 +56,9 @@ def test_unreadable_file_is_one_clear_line(tmp_path, name):
 
 
 IMPOSSIBLE = {
-    'NaN or infinity in bias': {'bias': np.array([1, np.nan])},
+    'NaN, infinity or numbers above 1e20 in bias': {'bias': np.array([1, np.nan])},
     # A number that only float64 can hold.
-    'NaN or infinity in scale': {'scale': np.array([1e300])},
+    'NaN, infinity or numbers above 1e20 in scale': {'scale': np.array([1e300])},
     'negative variances in bn.running_var': {'bn.running_var': np.array([-1e-3])},
     'complex64 in place of real numbers in w': {'w': np.array([1j], np.complex64)},
 }
@@ -134,6 +137,9 @@ def test_state_dicts_are_found_in_pytorchs_checkpoints(tmp_path):
         'bare.pth': weights,
         'checkpoint.pth.tar': {'epoch': 3, 'state_dict': weights, 'optimizer': {'lr': 0.1}},
         'model.pt': {'model': weights, 'args': None},
+        'ckpt.th': {'net': weights, 'acc': 93.1, 'model': {'depth': 20}},
+        'last.ckpt': {'model_state_dict': {f'model.{name}': x for name, x in weights.items()}},
+        'pytorch_model.bin': {f'_orig_mod.student.{name}': x for name, x in weights.items()},
     }.items():
         (tmp_path / name).write_bytes(saved(content))
         read = weights_file.read_state_dict(tmp_path / name)
@@ -143,14 +149,23 @@ def test_state_dicts_are_found_in_pytorchs_checkpoints(tmp_path):
         assert read['bn.num_batches_tracked'] == 7
 
 
+@pytest.mark.filterwarnings('ignore:torch.quantize')
 def test_pytorch_files_without_a_state_dict_are_one_clear_line(tmp_path):
     torch = pytest.importorskip('torch')
     whole = saved({'a': torch.ones(1000)})
+    quantised = torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)
     for content, words in (
         (saved(torch.nn.Linear(2, 2)), 'save network.state_dict() alone'),
         (saved(torch.ones(3)), '(Tensor)'),
         (saved({'epoch': 3, 'loss': 0.5}), "'epoch' (int), 'loss' (float)"),
         (saved({}), 'it is empty'),
+        (
+            saved({'net': {'a': torch.ones(1)}, 'model': {'a': torch.ones(1)}}),
+            'model and net: save',
+        ),
+        (saved({'a': torch.eye(2).to_sparse()}), 'a is no dense tensor: '),
+        (saved({'a': torch.eye(2, device='meta')}), 'a is no dense tensor: '),
+        (saved({'a': quantised}), 'a is no dense tensor: '),
         (whole[: len(whole) // 2], 'is damaged, or not a PyTorch file'),
         (b'', 'is damaged, or not a PyTorch file'),
     ):

@@ -73,6 +73,13 @@ def test_workdir_without_a_run_cannot_be_read(tmp_path):
         workdir.read_config(tmp_path)
 
 
+def test_workdir_that_is_a_student_is_named_as_such(tmp_path, config):
+    (tmp_path / workdir.CONFIG).write_text(json.dumps({'network': 'resnet8', 'label_names': ['a']}))
+    for read in (workdir.read_config, lambda path: workdir.check(path, config)):
+        with pytest.raises(UserError, match='is an exported student, not a run'):
+            read(tmp_path)
+
+
 def test_workdir_of_an_earlier_version_resolves(tmp_path, config):
     """Renamed fields, a field that is gone, and fields that did not exist."""
     old = config.to_dict()
@@ -140,10 +147,79 @@ def test_lock_that_is_replaced_or_gone_is_noticed(tmp_path):
 def test_run_checks_the_workdir_again_under_its_lock(tmp_path, config):
     """Another process wrote its config after the first check."""
     folder = tmp_path / 'run'
-    run = Run(types.SimpleNamespace(config=config), folder, None, {})
+    run = Run(types.SimpleNamespace(config=config), folder, None, {}, {})
     workdir.check(folder, config)
     write_config(folder, config_lib.resolve(small_config(seed=1)))
     with pytest.raises(UserError, match='seed: 1 in the workdir, 0 now'):
         run.__enter__()
     with workdir.hold(folder):  # It was released.
         pass
+
+
+BEFORE = {'label_names': ['cat', 'dog'], 'train': '40 images (checksum 00000001)'}
+
+
+def check_data(folder, config, **changes):
+    """Checks a run of `config` on the data `BEFORE`, but for `changes`, under the lock."""
+    workdir.check(folder, config, {**BEFORE, **changes})
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        (
+            {'train': '45 images (checksum 00000002)'},
+            r'train: 40 images \(.*1\) in the workdir, 45 images \(.*2\) now$',
+        ),
+        (
+            {'label_names': ['cat', 'cow', 'emu']},
+            r"label_names: only in the workdir \['dog'\], only now \['cow', 'emu'\]$",
+        ),
+        ({'method.teachers[0]': 'ab12'}, r'method\.teachers\[0\]: none in the workdir, ab12 now$'),
+    ],
+)
+def test_workdir_of_other_data_is_an_error(tmp_path, config, changes, words):
+    write_config(tmp_path, config)
+    files.write_json(tmp_path / workdir.DATA, BEFORE)
+    check_data(tmp_path, config)
+    with pytest.raises(UserError, match=words):
+        check_data(tmp_path, config, **changes)
+
+
+def test_workdir_of_an_earlier_version_is_accepted_with_a_note(tmp_path, config, capsys):
+    write_config(tmp_path, config)
+    check_data(tmp_path, config)
+    assert 'has no data.json, as in earlier versions' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('content', ['{"train"', '[1, 2]'])
+def test_workdir_with_a_damaged_data_json_is_an_error(tmp_path, config, content):
+    write_config(tmp_path, config)
+    (tmp_path / workdir.DATA).write_text(content)
+    with pytest.raises(UserError, match=r"/data\.json' is damaged"):
+        check_data(tmp_path, config)
+
+
+def test_workdir_killed_between_its_first_files_passes(tmp_path, config):
+    files.write_json(tmp_path / workdir.DATA, BEFORE)
+    check_data(tmp_path, config, train='on other data')
+
+
+@pytest.mark.parametrize('name', ['lr=[0.1]', 'a*', 'a?', 'a\\b'])
+def test_workdir_that_looks_like_a_pattern_is_an_error(tmp_path, config, name):
+    with pytest.raises(UserError, match=r'cannot be read back from a path with one of \* \? \['):
+        workdir.check(tmp_path / name / 'run', config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoint_of_another_run_is_an_error(tmp_path, config):
+    progress = {'config': config.to_dict(), 'fingerprint': BEFORE}
+    workdir.check_checkpoint(tmp_path, config, progress, BEFORE)
+    workdir.check_checkpoint(tmp_path, config, {}, BEFORE)  # Of an earlier version.
+    other = config_lib.resolve(small_config(seed=1))
+    with pytest.raises(
+        UserError, match=r'a checkpoint of another .* seed: 0 in the workdir, 1 now'
+    ):
+        workdir.check_checkpoint(tmp_path, other, progress, BEFORE)
+    with pytest.raises(UserError, match='test: none in the workdir, 9 images now'):
+        workdir.check_checkpoint(tmp_path, config, progress, {**BEFORE, 'test': '9 images'})

@@ -80,7 +80,7 @@ def _files(source: Path, split: str) -> Iterator[tuple[Path, bytes]]:
     """
     if source.is_dir():
         for label in CIFAR10_CLASSES:
-            for path in sorted((source / split / label).glob('*.png')):
+            for path in sorted((source / split / label).glob('[!.]*.png')):
                 yield path, path.read_bytes()
         return
     damage = (tarfile.TarError, EOFError, zlib.error, OSError)
@@ -92,5 +92,5 @@ def _files(source: Path, split: str) -> Iterator[tuple[Path, bytes]]:
         for member in archive:
             path = Path(member.name)
             wanted = path.parts[-3:-2] == (split,) and path.parts[-2] in CIFAR10_CLASSES
-            if wanted and path.suffix == '.png' and member.isfile():
+            if wanted and path.suffix == '.png' and path.name[0] != '.' and member.isfile():
                 yield path, archive.extractfile(member).read()
