@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import traverse_util
 from ml_collections import config_dict
 
@@ -84,7 +85,7 @@ def default_config() -> config_dict.ConfigDict:
     # An exported student of the same network to start from, for fine-tuning; '' starts at random.
     model.init_from = ''
     # Precision of the computation: 'float32', 'bfloat16' (parameters, statistics and losses stay
-    # float32) or 'float64'.
+    # float32), or 'float64' with JAX_ENABLE_X64=1 in the environment.
     model.dtype = 'float32'
     # Convolutions of the branches: 'dense' (one for each branch), 'grouped' (one grouped
     # convolution), or 'auto', which chooses by platform (dense on all, so far).
@@ -208,6 +209,9 @@ def validate(config: config_dict.ConfigDict, num_devices: int = 1) -> methods.Me
     """
     for field, choices in CHOICES.items():
         require(get_field(config, field) in choices, field, get_field(config, field), choices)
+    dtype = config.model.dtype
+    allowed = 'float32 or bfloat16 unless JAX_ENABLE_X64=1 is in the environment'
+    require(jax.dtypes.canonicalize_dtype(dtype) == dtype, 'model.dtype', dtype, allowed)
     for field, (least, bound) in RANGES.items():
         value = get_field(config, field)
         inside = math.isfinite(value) and value >= least and (bound is None or value < bound)

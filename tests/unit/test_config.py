@@ -42,7 +42,7 @@ BAD = {
     'model.name': ['resnet', ''],
     'model.num_branches': [0, -3],
     'model.share_stages': [-1, 3],
-    'model.dtype': ['float16'],
+    'model.dtype': ['float16', 'float64'],
     'model.branch_conv': ['sparse'],
     'model.remat': ['all'],
     'method.name': ['on'],
