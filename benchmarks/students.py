@@ -40,7 +40,8 @@ FORMS = {
 def load_images(directory: Path, student: Student) -> np.ndarray:
     """Reads up to 1,000 test images of a run, uint8 [N, H, W, 3]."""
     shape = [*student.config['input_size'], 3]
-    description = {'image_shape': shape, 'num_classes': student.config['num_classes']}
+    fields = ('num_classes', 'label_names')
+    description = {'image_shape': shape, **{name: student.config[name] for name in fields}}
     data_config = workdir.read_config(directory).data
     return self_check.load_images(data_config, description, required=True).images
 
