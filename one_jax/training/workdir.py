@@ -107,7 +107,8 @@ def _differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         if old != new and isinstance(old, list) and isinstance(new, list):
             # The first few names that only one of them has.
             old, new = ([x for x in a if x not in b][:5] for a, b in ((old, new), (new, old)))
-            lines.append(f'{name}: only in the workdir {old}, only now {new}')
+            only = f'only in the workdir {old}, only now {new}'
+            lines.append(f'{name}: {only if old or new else "in another order"}')
         elif old != new:
             lines.append(f'{name}: {old} in the workdir, {new} now')
     return lines

@@ -171,6 +171,7 @@ def check_data(folder, config, **changes):
             {'train': '45 images (checksum 00000002)'},
             r'train: 40 images \(.*1\) in the workdir, 45 images \(.*2\) now$',
         ),
+        ({'label_names': ['dog', 'cat']}, 'label_names: in another order$'),
         (
             {'label_names': ['cat', 'cow', 'emu']},
             r"label_names: only in the workdir \['dog'\], only now \['cow', 'emu'\]$",
