@@ -152,7 +152,8 @@ class Training:
         started = time.perf_counter()
         self._step = CompiledStep(experiment, mesh, steps_per_call, num_examples)
         compile_seconds = time.perf_counter() - started
-        analysis = self._step._compiled.cost_analysis() or {}
+        (program,) = self._step._programs.values()
+        analysis = program.cost_analysis() or {}
         device = mesh.devices.flat[0]
         others = _allocated(device, 'bytes_in_use')
         self.state = make_initial_state(experiment, mesh)(np.uint32(0))

@@ -1,7 +1,8 @@
 """DenseNet-BC (190, 40) on CIFAR-100 with ONE: three branches above two shared stages.
 
-Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, and
-    the authors' code. Images are padded by 4 pixels, cropped and flipped.
+Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018. Images
+    are padded by 4 pixels, cropped and flipped. The authors' released code lacks this network: the
+    recipe follows the paper.
 Prepare: python -m one_jax.prepare cifar100
 Run: python -m one_jax.main --config=configs/cifar100_densenet190.py
 Parameters: 25,821,620 deployed, 45,430,679 in training.

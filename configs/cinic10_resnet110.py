@@ -1,10 +1,10 @@
 """The ONE paper's ResNet-110 on CINIC-10 with ONE: three branches above two shared stages.
 
-Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, and
-    the authors' code. The paper does not use CINIC-10 (Darlow et al. 2018); this is its CIFAR
-    recipe. Images are padded by 4 pixels, cropped and flipped. Their network has 18 bottleneck
-    blocks a stage, which makes 164 layers. For He's ResNet-110 set --config.model.name=resnet110,
-    for OKDDip's resnet110_bottleneck12.
+Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018. The
+    paper does not use CINIC-10 (Darlow et al. 2018); this is its CIFAR recipe. Images are padded by
+    4 pixels, cropped and flipped. The released code's network has 18 bottleneck blocks a stage,
+    which makes 164 layers. For He's ResNet-110 set --config.model.name=resnet110, for OKDDip's
+    resnet110_bottleneck12.
 Prepare: python -m one_jax.prepare cinic10
 Run: python -m one_jax.main --config=configs/cinic10_resnet110.py
 Parameters: 1,704,154 deployed, 4,294,263 in training.

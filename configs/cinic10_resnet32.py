@@ -1,8 +1,8 @@
 """ResNet-32 on CINIC-10 with ONE: three branches above two shared stages.
 
-Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, and
-    the authors' code. The paper does not use CINIC-10 (Darlow et al. 2018); this is its CIFAR
-    recipe. Images are padded by 4 pixels, cropped and flipped.
+Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018. The
+    paper does not use CINIC-10 (Darlow et al. 2018); this is its CIFAR recipe. Images are padded by
+    4 pixels, cropped and flipped.
 Prepare: python -m one_jax.prepare cinic10
 Run: python -m one_jax.main --config=configs/cinic10_resnet32.py
 Parameters: 466,906 deployed, 1,175,639 in training.

@@ -1,8 +1,9 @@
 """ResNeXt-29 8x64d on CINIC-10 with ONE: three branches above two shared stages.
 
-Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, and
-    the authors' code. The paper does not use CINIC-10 (Darlow et al. 2018); this is its CIFAR
-    recipe. Images are padded by 4 pixels, cropped and flipped.
+Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018. The
+    paper does not use CINIC-10 (Darlow et al. 2018); this is its CIFAR recipe. Images are padded by
+    4 pixels, cropped and flipped. The authors' released code lacks this network: the recipe follows
+    the paper.
 Prepare: python -m one_jax.prepare cinic10
 Run: python -m one_jax.main --config=configs/cinic10_resnext29.py
 Parameters: 34,426,698 deployed, 86,943,079 in training.

@@ -1,8 +1,9 @@
 """ResNeXt-50 32x4d on ImageNet with ONE: the last two of four stages in three branches.
 
-Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, and
-    the authors' code. 90 epochs are our reading, not checked against the paper. Training crops
-    224x224 at random scales and flips; evaluation resizes to 256 and crops the centre.
+Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018. 90
+    epochs are our reading, not checked against the paper. Training crops 224x224 at random scales
+    and flips; evaluation resizes to 256 and crops the centre. The authors' released code has no
+    ImageNet.
 Prepare: python -m one_jax.prepare imagenet2012
 Run: python -m one_jax.main --config=configs/imagenet_resnext50.py
 Parameters: 25,028,904 deployed, 72,263,425 in training.

@@ -1,8 +1,8 @@
 """DenseNet-BC (190, 40) on SVHN with ONE: three branches above two shared stages.
 
-Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, and
-    the authors' code. Trains on the splits train and extra, without augmentation. 40 epochs are our
-    reading, not checked against the paper.
+Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018. Trains
+    on the splits train and extra, without augmentation. 40 epochs are our reading, not checked
+    against the paper. The authors' released code lacks this network: the recipe follows the paper.
 Prepare: python -m one_jax.prepare svhn
 Run: python -m one_jax.main --config=configs/svhn_densenet190.py
 Parameters: 25,624,430 deployed, 44,839,109 in training.

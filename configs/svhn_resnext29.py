@@ -1,8 +1,8 @@
 """ResNeXt-29 8x64d on SVHN with ONE: three branches above two shared stages.
 
-Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, and
-    the authors' code. Trains on the splits train and extra, without augmentation. 40 epochs are our
-    reading, not checked against the paper.
+Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018. Trains
+    on the splits train and extra, without augmentation. 40 epochs are our reading, not checked
+    against the paper. The authors' released code lacks this network: the recipe follows the paper.
 Prepare: python -m one_jax.prepare svhn
 Run: python -m one_jax.main --config=configs/svhn_resnext29.py
 Parameters: 34,426,698 deployed, 86,943,079 in training.

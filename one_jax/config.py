@@ -1,8 +1,7 @@
 """The configuration: every field with its default, and validation. Nothing here reads a disk."""
 
 import itertools
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,9 +9,19 @@ from flax import traverse_util
 from ml_collections import config_dict
 
 from one_jax import methods, models
-from one_jax.data.table import AUGMENTATIONS, IMAGE_FOLDER, is_streamed
-from one_jax.errors import require
-from one_jax.fields import MACHINE_FIELDS, REMOVED, RENAMED, flatten, get_field
+from one_jax.data.table import AUGMENTATIONS, DATASETS, IMAGE_FOLDER, is_streamed, resizes
+from one_jax.errors import explain, require, require_kinds, require_number
+from one_jax.fields import (
+    DEFAULT_CACHE,
+    KINDS,
+    MACHINE_FIELDS,
+    REMOVED,
+    RENAMED,
+    Kind,
+    flatten,
+    get_field,
+    or_none,
+)
 from one_jax.models import layers
 
 # The values of fields that name one of several things.
@@ -24,39 +33,79 @@ CHOICES = {
     'data.placement': ('auto', 'host', 'device'),
     'data.augment': ('default', *AUGMENTATIONS),
 }
-# The range of fields that are numbers: the least value, and the bound that is too large or None.
+# Steps or images, which devices count in int32.
+_MANY = 10**9
+# The range of every field that is a number: the least value, and a bound that is too large. That of
+# fields whose default is None depends on the method: `methods.base`.
 RANGES = {
     'seed': (0, 2**32),
-    'profile_steps': (0, None),
-    'data.batch_size': (1, None),
-    'data.eval_batch_size': (1, None),
-    'data.image_size': (0, None),
-    'data.padding': (-1, None),
-    'data.examples_per_class': (0, None),
-    'data.subset_seed': (0, None),
-    'data.generated_examples': (0, None),
-    'data.mixup_alpha': (0, None),
-    'data.cutmix_alpha': (0, None),
+    'profile_steps': (0, 10_000),
+    'data.batch_size': (1, 10**6),
+    'data.eval_batch_size': (1, 10**6),
+    'data.image_size': (0, 10_000),
+    'data.padding': (-1, 10_000),
+    'data.examples_per_class': (0, _MANY),
+    'data.subset_seed': (0, 2**32),
+    'data.generated_examples': (0, _MANY),
+    'data.mixup_alpha': (0, 1000),
+    'data.cutmix_alpha': (0, 1000),
     'data.validation_fraction': (0, 1),
-    'data.decode_threads': (0, None),
-    'data.prefetch': (1, None),
-    'optimizer.learning_rate': (0, None),
-    'optimizer.reference_batch_size': (0, None),
+    'data.decode_threads': (0, 1024),
+    'data.prefetch': (1, 1024),
+    'optimizer.learning_rate': (0, 1000),
+    'optimizer.reference_batch_size': (0, 10**6),
     'optimizer.momentum': (0, 1),
-    'optimizer.weight_decay': (0, None),
-    'optimizer.decay_factor': (0, None),
-    'optimizer.warmup_epochs': (0, None),
-    'train.epochs': (1, None),
-    'train.steps': (0, None),
+    'optimizer.weight_decay': (0, 100),
+    'optimizer.decay_factor': (0, 100),
+    'optimizer.warmup_epochs': (0, 10**6),
+    'train.epochs': (1, 10**6),
+    'train.steps': (0, _MANY),
     'train.label_smoothing': (0, 1),
     'train.ema_decay': (0, 1),
-    'train.log_every': (1, None),
-    'train.eval_every_epochs': (1, None),
-    'train.checkpoint_every_epochs': (1, None),
-    'train.keep_checkpoints': (1, None),
-    'train.steps_per_call': (0, None),
-    'train.accumulation_steps': (1, None),
-    'train.skip_nonfinite_steps': (0, None),
+    'train.log_every': (1, _MANY),
+    'train.eval_every_epochs': (1, _MANY),
+    'train.checkpoint_every_epochs': (1, _MANY),
+    'train.keep_checkpoints': (1, 10**6),
+    'train.steps_per_call': (0, 10_000),
+    'train.accumulation_steps': (1, 10**6),
+    'train.skip_nonfinite_steps': (0, _MANY),
+}
+
+
+def _is_folder(config: Any) -> bool:
+    return config.data.name == IMAGE_FOLDER
+
+
+def _crops(config: Any) -> bool:
+    known, augment = DATASETS.get(config.data.name), config.data.augment
+    if augment == 'default':
+        augment = known.augment if known and not is_streamed(config.data) else 'none'
+    return augment != 'none'
+
+
+def _draws_images(config: Any) -> bool:
+    chosen = 'generated_examples', 'validation_fraction', 'examples_per_class'
+    return _is_folder(config) or any(config.data[field] for field in chosen)
+
+
+# Fields that must have their defaults unless a condition holds, because they change nothing then.
+# Left out: fields of speed alone, terms of a loss with the weight 0, `train.epochs` beside `steps`.
+_STEPS = (lambda c: c.optimizer.schedule == 'step', "optimizer.schedule='step'")
+_MIXES = (lambda c: c.data.batch_size > 1, 'data.batch_size is 2 or more')
+_EFFECTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    'optimizer.milestones': _STEPS,
+    'optimizer.decay_factor': _STEPS,
+    'data.root': (_is_folder, f'data.name={IMAGE_FOLDER!r}'),
+    'data.skip_unreadable': (_is_folder, f'data.name={IMAGE_FOLDER!r}'),
+    'data.data_dir': (lambda c: not _is_folder(c), 'TFDS has the set; data.root is a folder'),
+    'data.image_size': (lambda c: resizes(c.data), 'images are resized'),
+    'data.stream': (lambda c: not c.data.generated_examples, 'data.generated_examples=0'),
+    'data.padding': (_crops, "data.augment='pad_crop' or 'pad_crop_flip'"),
+    'data.subset_seed': (_draws_images, 'images are generated, held out or left out'),
+    'data.mixup_alpha': _MIXES,
+    'data.cutmix_alpha': _MIXES,
+    'train.label_smoothing': (lambda c: c.method.name != 'meal', "meal's teachers give the labels"),
+    'method.leader_weight': (lambda c: c.method.leader is not False, 'method.leader=True'),
 }
 
 
@@ -112,10 +161,15 @@ def default_config() -> config_dict.ConfigDict:
     data.root = ''
     # Whether to decode while training, for sets that do not fit in memory; ImageNet always is.
     data.stream = False
+    # Whether to leave out the images of a folder that cannot be read: they are counted and named.
+    data.skip_unreadable = False
     # Side to which images of a folder or a stream are resized and cropped; 0: the data set's.
     data.image_size = 0
     # Images per step, over all devices.
     data.batch_size = 128
+    # Whether the images that are left after the last whole batch of an epoch are dropped, or form a
+    # smaller batch (of sets in memory).
+    data.drop_last = True
     # Images per evaluation batch, over all devices; the last batch is padded and masked.
     data.eval_batch_size = 500
     # Augmentation: 'none', 'pad_crop', 'pad_crop_flip', or 'default' for the data set's; a stream's
@@ -190,16 +244,19 @@ def default_config() -> config_dict.ConfigDict:
     # the run at the first.
     train.skip_nonfinite_steps = 0
     # Where compiled programs are cached; '' keeps JAX's own setting, no cache.
-    train.compilation_cache_dir = '~/.cache/one_jax'
+    train.compilation_cache_dir = DEFAULT_CACHE
     return config.lock()
 
 
-def validate(config: config_dict.ConfigDict, num_devices: int = 1) -> methods.Method:
+def validate(
+    config: config_dict.ConfigDict, num_devices: int = 1, effects: bool = True
+) -> methods.Method:
     """Checks every field that can be checked without the data set.
 
     Args:
       config: a whole configuration.
       num_devices: devices that share a batch.
+      effects: whether a field without effect is an error; runs of earlier versions have some.
 
     Returns:
       The method.
@@ -207,20 +264,23 @@ def validate(config: config_dict.ConfigDict, num_devices: int = 1) -> methods.Me
     Raises:
       ConfigError: the first field whose value is not allowed.
     """
+    # A ConfigDict lets None, and a bool for an int, pass.
+    require_kinds(flatten(config), dict(_kinds(default_config())))
     for field, choices in CHOICES.items():
         require(get_field(config, field) in choices, field, get_field(config, field), choices)
     dtype = config.model.dtype
     allowed = 'float32 or bfloat16 unless JAX_ENABLE_X64=1 is in the environment'
     require(jax.dtypes.canonicalize_dtype(dtype) == dtype, 'model.dtype', dtype, allowed)
     for field, (least, bound) in RANGES.items():
-        value = get_field(config, field)
-        inside = math.isfinite(value) and value >= least and (bound is None or value < bound)
-        allowed = f'at least {least}' + ('' if bound is None else f' and below {bound}')
-        require(inside, field, value, allowed)
+        require_number(field, get_field(config, field), least, bound)
     milestones = tuple(config.optimizer.milestones)
-    rising = all(a < b for a, b in itertools.pairwise((0, *milestones, 1)))
+    # A bool is an int in Python.
+    numbers = all(isinstance(x, int | float) and x not in (0, 1) for x in milestones)
+    rising = numbers and all(a < b for a, b in itertools.pairwise((0, *milestones, 1)))
     allowed = 'increasing shares of the run, in (0, 1)'
     require(rising, 'optimizer.milestones', milestones, allowed)
+    if effects:
+        _check_effects(config)
     models.network(config.model.name)
     method = methods.create(config)
     if config.model.remat != 'none':
@@ -239,18 +299,11 @@ def validate(config: config_dict.ConfigDict, num_devices: int = 1) -> methods.Me
         method.share_stages,
         '0 if every branch sees its own images',
     )
-    is_folder = config.data.name == IMAGE_FOLDER
-    allowed = f"'' unless data.name={IMAGE_FOLDER!r}"
-    require(is_folder or not config.data.root, 'data.root', config.data.root, allowed)
-    resizes = is_folder or is_streamed(config.data) or not config.data.image_size
-    allowed = '0 for images in memory, which keep the size that they have on disk'
-    require(resizes, 'data.image_size', config.data.image_size, allowed)
-    if is_streamed(config.data):
-        for field in ('validation_fraction', 'examples_per_class'):
-            allowed = '0: a streamed data set is used as it is'
-            require(not config.data[field], f'data.{field}', config.data[field], allowed)
-        placement, allowed = config.data.placement, "'auto' or 'host' for a streamed data set"
-        require(placement != 'device', 'data.placement', placement, allowed)
+    streamed = is_streamed(config.data)
+    placement, allowed = config.data.placement, "'auto' or 'host' for a streamed data set"
+    require(placement != 'device' or not streamed, 'data.placement', placement, allowed)
+    drop_last, allowed = config.data.drop_last, 'True for a streamed data set'
+    require(drop_last or not streamed, 'data.drop_last', drop_last, allowed)
     for field in ('batch_size', 'eval_batch_size'):
         size = config.data[field]
         allowed = f'a multiple of the {num_devices} devices'
@@ -263,6 +316,14 @@ def validate(config: config_dict.ConfigDict, num_devices: int = 1) -> methods.Me
         f'such that {num_devices} devices times it divide data.batch_size={config.data.batch_size}',
     )
     return method
+
+
+def _check_effects(config: config_dict.ConfigDict) -> None:
+    defaults, values = flatten(default_config()), flatten(config)
+    for field, (has_effect, condition) in _EFFECTS.items():
+        value, unset = values.get(field, defaults[field]), defaults[field]
+        allowed = f'its default, {unset!r}, unless {condition}'
+        require(value == unset or has_effect(config), field, value, allowed)
 
 
 def resolve(config: config_dict.ConfigDict) -> config_dict.FrozenConfigDict:
@@ -282,7 +343,8 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.FrozenConfigDict:
 def stored_config(stored: Mapping[str, Any]) -> config_dict.FrozenConfigDict:
     """Restores the resolved config from the content of a config.json, which may be an older one.
 
-    Fields that were added since have their defaults, and renamed ones their new names.
+    Fields that were added since have their defaults, and renamed ones their new names. Raises
+    `UserError` for a value that no config has.
     """
     config = default_config()
     flat = {RENAMED.get(field, field): value for field, value in flatten(stored).items()}
@@ -290,9 +352,20 @@ def stored_config(stored: Mapping[str, Any]) -> config_dict.FrozenConfigDict:
         flat.pop(field, None)
     if flat.get('model.remat') == 'all':
         flat['model.remat'] = 'none'
-    with config.unlocked():
+    require_kinds(flat, dict(_kinds(config)))
+    with explain('its fields do not fit together', TypeError), config.unlocked():
         config.update(traverse_util.unflatten_dict(flat, sep='.'))
     return resolve(config)
+
+
+def _kinds(config: config_dict.ConfigDict, prefix: str = '') -> Iterator[tuple[str, Kind]]:
+    """Yields what every field and every group of a config.json may be, by dotted name."""
+    for name, value in config.items():
+        is_group = hasattr(value, 'items')
+        kind = KINDS[dict if is_group else config.get_type(name)]
+        yield prefix + name, or_none(kind) if value is None else kind
+        if is_group:
+            yield from _kinds(value, f'{prefix}{name}.')
 
 
 def differences(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

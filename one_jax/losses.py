@@ -4,6 +4,8 @@ All computations are in at least float32: bfloat16 logits are cast up, float64 s
 `batch_mean` averages over a batch, because it knows the mask of padded examples.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,7 @@ def kl_divergence(
     teacher_logits: jax.typing.ArrayLike,
     student_logits: jax.typing.ArrayLike,
     temperature: jax.typing.ArrayLike,
+    epsilon: float = 0.0,
 ) -> jax.Array:
     """Computes the distillation loss T^2 KL(softmax(teacher / T) || softmax(student / T)).
 
@@ -53,6 +56,7 @@ def kl_divergence(
       teacher_logits: [..., B, C].
       student_logits: [..., B, C].
       temperature: T, a scalar above 0.
+      epsilon: added to each of the teacher's probabilities, which then sum to 1 + C epsilon.
 
     Returns:
       The divergence in nats times T^2, [..., B].
@@ -60,10 +64,11 @@ def kl_divergence(
     teacher_logits = _at_least_float32(teacher_logits)
     student_logits = _at_least_float32(student_logits)
     chex.assert_equal_shape([teacher_logits, student_logits])
-    return temperature**2 * optax.losses.kl_divergence_with_log_targets(
-        jax.nn.log_softmax(student_logits / temperature),
-        jax.nn.log_softmax(teacher_logits / temperature),
-    )
+    student = jax.nn.log_softmax(student_logits / temperature)
+    teacher = jax.nn.log_softmax(teacher_logits / temperature)
+    if epsilon:
+        teacher = jnp.log(jnp.exp(teacher) + epsilon)
+    return temperature**2 * optax.losses.kl_divergence_with_log_targets(student, teacher)
 
 
 def ensemble_logits(
@@ -114,6 +119,7 @@ def one_loss(
     *,
     mask: jax.typing.ArrayLike | None = None,
     detach_teacher: bool = True,
+    epsilon: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the loss of ONE (Lan, Zhu, Gong, NeurIPS 2018, equations 6 to 8).
 
@@ -130,6 +136,7 @@ def one_loss(
       mask: [B], 0 for padding, or None.
       detach_teacher: whether the teacher is a constant in the divergence, so that the gate learns
         from the teacher's cross-entropy alone; False is an ablation.
+      epsilon: see `kl_divergence`.
 
     Returns:
       The scalar to minimise, and its unweighted terms: 'branch_cross_entropy' [K],
@@ -139,7 +146,7 @@ def one_loss(
     target = jnp.asarray(teacher_logits)
     if detach_teacher:
         target = lax.stop_gradient(target)
-    divergence = jax.vmap(kl_divergence, in_axes=(None, 0, None))(
+    divergence = jax.vmap(functools.partial(kl_divergence, epsilon=epsilon), (None, 0, None))(
         target, jnp.asarray(branch_logits), temperature
     )
     terms = {

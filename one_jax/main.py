@@ -26,6 +26,12 @@ DISTRIBUTED = flags.DEFINE_boolean(
 COORDINATOR = flags.DEFINE_string('coordinator_address', None, 'host:port of process 0.')
 NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of processes of the run.')
 PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
+CONNECT_TIMEOUT = flags.DEFINE_integer(
+    'connect_timeout', 300, 'Seconds until all processes must have connected.', 5, 86_400
+)
+HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    'heartbeat_timeout', 100, 'Seconds until a silent process counts as lost.', 5, 86_400
+)
 
 
 def default_workdir(config_flag: str) -> Path:
@@ -34,14 +40,24 @@ def default_workdir(config_flag: str) -> Path:
     return Path('runs', '_'.join([Path(path).stem, *filter(None, options.split(','))]))
 
 
+@processes.ending_when_lost()
 def main() -> None:
     """Trains, and prints the table of the result."""
     directory = Path(WORKDIR.value or default_workdir(flags.FLAGS['config'].config_filename))
     processes.initialize(
-        COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value
+        COORDINATOR.value,
+        NUM_PROCESSES.value,
+        PROCESS_ID.value,
+        DISTRIBUTED.value,
+        CONNECT_TIMEOUT.value,
+        HEARTBEAT_TIMEOUT.value,
     )
+    with processes.agreement(CONNECT_TIMEOUT.value) as facts:
+        workdir = str(directory.absolute())
+        facts['command'] = {'num_processes': processes.count(), 'workdir': workdir}
+        facts['version of the code'] = environment.versions
     if processes.is_first():
-        count = jax.process_count()
+        count = processes.count()
         hosts = f' in {count} processes' if count > 1 else ''
         device = environment.device_name()
         print(f'{jax.device_count()} x {device}{hosts}, JAX {jax.__version__}; {directory}')

@@ -18,8 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from one_jax.data.image_folder import EXTENSIONS, is_image_name, read_image
-from one_jax.errors import UserError, explain, require
+from one_jax.data.image_decoding import read_image
+from one_jax.data.image_folder import EXTENSIONS, is_image_name
+from one_jax.errors import UserError, explain, printable, require
 from one_jax.reporting.tables import format_table
 from one_jax.runtime import cli
 from one_jax.students.student import Student, load_student
@@ -90,11 +91,6 @@ def predict(
             yield {'file': str(path), 'classes': classes}
 
 
-def _printable(name: str) -> str:
-    """Escapes control characters, which could change the terminal."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the classes of the image files that the arguments name."""
     parser = argparse.ArgumentParser(
@@ -116,8 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     while page := list(itertools.islice(predictions, BATCH_SIZE)):
         rows = [
             {
-                'file': '' if rank else _printable(prediction['file']),
-                'class': _printable(entry['name']),
+                'file': '' if rank else printable(prediction['file']),
+                'class': printable(entry['name']),
                 'probability': f'{100 * entry["probability"]:.2f} %',
             }
             for prediction in page

@@ -2,7 +2,6 @@
 
 import argparse
 import logging as python_logging
-import sys
 from collections.abc import Sequence
 
 from absl import logging
@@ -34,8 +33,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        with cli.reporting_errors():
-            main()
-    except KeyboardInterrupt:
-        sys.exit('interrupted: run the command again to start over')
+    with cli.reporting_errors():
+        main()

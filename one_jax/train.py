@@ -1,5 +1,7 @@
 """Training, from a config to a result: the loop reads from top to bottom."""
 
+import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ from jax.sharding import Mesh
 
 from one_jax import config as config_lib
 from one_jax import data, fields
-from one_jax.runtime import environment, files, parallel, processes
+from one_jax.reporting import runs
+from one_jax.runtime import environment, parallel, processes
 from one_jax.training import feed, workdir
 from one_jax.training.compiled_step import CompiledStep
 from one_jax.training.evaluation import Evaluator
@@ -36,8 +39,8 @@ def train_and_evaluate(config: Any, directory: str | Path) -> dict[str, Any]:
     directory, mesh = Path(directory), parallel.make_mesh()
     config = _check(config, directory, mesh)
     if _outlived_its_data(config, directory):
-        return files.read_json(directory / workdir.RESULT)
-    source, batches, experiment = _open(config)
+        return runs.read_result(directory / workdir.RESULT)
+    source, batches, experiment = _open(config, mesh)
     evaluator = Evaluator(config, experiment.method, experiment.network, source, mesh)
     fingerprint = source.fingerprint | experiment.student_digests()
     with Run(experiment, directory, evaluator, source.description(), fingerprint) as run:
@@ -47,9 +50,11 @@ def train_and_evaluate(config: Any, directory: str | Path) -> dict[str, Any]:
         state, step = run.restore(jax.eval_shape(initial_state, seed))
         state = initial_state(seed) if state is None else state
         if step < experiment.total_steps:
-            train_step, calls = _compile(experiment, source, batches, mesh, step)
+            step_and_calls = _compile(
+                run, experiment, evaluator, source, batches, mesh, state, step
+            )
             run.begin(step)
-            _train(run, experiment, evaluator, train_step, calls, state, step)
+            _train(run, experiment, evaluator, *step_and_calls, state, step)
         return run.finish(mesh)
 
 
@@ -85,7 +90,9 @@ def _train(
 def _check(config: Any, directory: Path, mesh: Mesh) -> Any:
     """Returns the resolved config if it is valid, fits the workdir, and all processes agree."""
     with processes.agreement() as facts:
-        config_lib.validate(config, mesh.size)
+        # A run of an earlier version may have begun with fields that have no effect.
+        begun = (directory / workdir.CONFIG).exists()
+        config_lib.validate(config, mesh.size, effects=not begun)
         parallel.use_compilation_cache(config.train.compilation_cache_dir)
         config = config_lib.resolve(config)
         workdir.check(directory, config)
@@ -104,7 +111,7 @@ def _outlived_its_data(config: Any, directory: Path) -> bool:
         finished, missing = (directory / workdir.RESULT).exists(), []
         if finished:
             students = [*config.method.get('teachers', '').split(','), config.model.init_from]
-            missing = [x for x in map(str.strip, students) if x and not Path(x).exists()]
+            missing = [x for x in map(str.strip, students) if x and not os.path.exists(x)]
             if not data.exists(config.data):
                 missing.insert(0, config.data.root or config.data.name)
         facts['data on disk'] = {'missing': missing}
@@ -116,15 +123,18 @@ def _outlived_its_data(config: Any, directory: Path) -> bool:
     return bool(missing)
 
 
-def _open(config: Any) -> tuple[data.Source, data.Batches, Experiment]:
+def _open(config: Any, mesh: Mesh) -> tuple[data.Source, data.Batches, Experiment]:
     """Opens the data set and builds the experiment; all processes must see the same data."""
     # Process 0 goes first: it builds a small data set that is not on disk yet.
     with processes.agreement() as facts:
         with processes.first_alone('data'):
             source = data.open(config.data)
         facts['data set'] = source.facts()
+    if processes.is_first():
+        print(source.summary)
     with processes.agreement() as facts:
-        batches = source.train_batches(config.data.batch_size, config.seed)
+        batches = source.train_batches(config.data.batch_size, config.seed, config.data.drop_last)
+        feed.require_parts(config, batches, mesh)
         experiment = make_experiment(
             config, source.spec, source.label_names, batches.steps_per_epoch
         )
@@ -133,17 +143,28 @@ def _open(config: Any) -> tuple[data.Source, data.Batches, Experiment]:
 
 
 def _compile(
-    experiment: Experiment, source: data.Source, batches: data.Batches, mesh: Mesh, step: int
+    run: Run,
+    experiment: Experiment,
+    evaluator: Evaluator,
+    source: data.Source,
+    batches: data.Batches,
+    mesh: Mesh,
+    state: TrainState,
+    step: int,
 ) -> tuple[CompiledStep, feed.Feed]:
-    """Compiles the train step, checks that it fits into memory, and feeds it from `step` on."""
+    """Compiles train step and evaluation, checks that they fit, and feeds the step from `step`."""
     config = experiment.config
     with processes.agreement() as facts:
         examples = feed.examples_on_device(config, source)
         num_steps = feed.steps_per_call(config, examples is not None, experiment.steps_per_epoch)
         facts['place for its images'] = {'device': examples is not None}
         num_examples = 0 if examples is None else len(examples)
-        train_step = CompiledStep(experiment, mesh, num_steps, num_examples)
+        train_step = CompiledStep(experiment, mesh, num_steps, num_examples, batches.last_size)
+        evaluation = evaluator.compile(state.evaluated_variables)
+        train_step.memory = dataclasses.replace(train_step.memory, evaluation=evaluation)
         if processes.is_first():
             print(train_step.memory)
         train_step.require_memory()
+        # All processes come here before any goes on: none ends while others train.
+        run.note_signals()
     return train_step, feed.Feed(experiment, batches, mesh, num_steps, step, examples)

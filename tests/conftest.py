@@ -22,6 +22,9 @@ for flag, value in {
 OWN_CACHE = 'JAX_COMPILATION_CACHE_DIR' not in os.environ
 if OWN_CACHE:
     os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='one_jax_tests_')
+# They neither see nor change what the user's own runs found in data folders. Fonts are shared.
+os.environ.setdefault('MPLCONFIGDIR', os.path.expanduser('~/.cache/matplotlib'))
+CACHE_HOME = os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='one_jax_tests_')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 import jax  # noqa: E402
@@ -38,6 +41,7 @@ def _free_compiled_programs():
 
 
 def pytest_unconfigure(config):
-    """Removes the cache at the end of the process that made it."""
+    """Removes the caches at the end of the process that made them."""
     if OWN_CACHE:
         shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+    shutil.rmtree(CACHE_HOME, ignore_errors=True)

@@ -139,10 +139,13 @@ class OneResNet(nn.Module):
         return torch.stack(branches), teacher
 
 
-def one_loss(branches, teacher, labels, temperature=3.0, weight=1.0):
-    """Computes ONE's loss: cross-entropies of branches and teacher, and T^2-scaled divergences."""
+def one_loss(branches, teacher, labels, temperature=3.0, weight=1.0, epsilon=0.0):
+    """Computes ONE's loss: cross-entropies of branches and teacher, and T^2-scaled divergences.
+
+    The authors' code adds an `epsilon` of 1e-7 to the teacher's probabilities.
+    """
     loss = functional.cross_entropy(teacher, labels)
-    target = functional.softmax(teacher.detach() / temperature, dim=1)
+    target = functional.softmax(teacher.detach() / temperature, dim=1) + epsilon
     for logits in branches:
         loss = loss + functional.cross_entropy(logits, labels)
         log_probabilities = functional.log_softmax(logits / temperature, dim=1)

@@ -38,6 +38,9 @@ SMALL = {
 def small_config(**fields: Any) -> Any:
     """Returns a config of `SMALL` and `fields`, by dotted name."""
     config = config_lib.default_config()
+    if fields.get('data.name', SMALL['data.name']) != SMALL['data.name']:
+        # Other sets have their own size.
+        fields = {'data.image_size': 0, **fields}
     config.update_from_flattened_dict({**SMALL, **fields})
     return config
 
@@ -54,7 +57,9 @@ class Setting:
         config = small_config(**fields)
         config_lib.validate(config, num_devices)
         self.source = data.open(config.data)
-        self.batches = self.source.train_batches(config.data.batch_size, config.seed)
+        self.batches = self.source.train_batches(
+            config.data.batch_size, config.seed, config.data.drop_last
+        )
         self.experiment = make_experiment(
             config_lib.resolve(config),
             self.source.spec,

@@ -25,21 +25,30 @@ class Batches:
     """Computes which examples make up each training batch; subclasses read the images.
 
     An epoch visits each of N examples at most once, in the order, int64 [N], that `order` returns
-    for it. All batches are whole: the last N mod B examples of the order are dropped. Each of P
-    processes reads B / P examples of the global batch size B.
+    for it. The last N mod B examples of the order are dropped with `drop_last`, or else form a
+    smaller batch. Each of P processes reads B / P examples of the global batch size B.
 
     Attributes:
-      steps_per_epoch: N // B.
+      last_size: examples of that smaller batch; 0 if all are whole.
+      steps_per_epoch: N / B, rounded down with `drop_last`, or else up.
       share: the places of a global batch that belong to this process, see `share`.
 
     Raises:
       ConfigError: there are fewer than B examples, or P does not divide B.
     """
 
-    def __init__(self, num_examples: int, order: Callable[[int], np.ndarray], batch_size: int):
+    def __init__(
+        self,
+        num_examples: int,
+        order: Callable[[int], np.ndarray],
+        batch_size: int,
+        drop_last: bool = True,
+    ):
         allowed = f'1 to {num_examples}, the number of training images'
         require(1 <= batch_size <= num_examples, 'data.batch_size', batch_size, allowed)
-        self.batch_size, self.steps_per_epoch = batch_size, num_examples // batch_size
+        self.last_size = 0 if drop_last else num_examples % batch_size
+        self.batch_size = batch_size
+        self.steps_per_epoch = num_examples // batch_size + bool(self.last_size)
         self.share = share('data.batch_size', batch_size)
         self._order = functools.lru_cache(maxsize=2)(order)
         self._lock = threading.Lock()
@@ -47,14 +56,19 @@ class Batches:
     def place(self, step: int) -> tuple[int, int]:
         """Returns the epoch of a step, and where this process's part starts in its order."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        return epoch, position * self.batch_size + self.share.start
+        return epoch, position * self.batch_size + jax.process_index() * self.size(step)
+
+    def size(self, step: int) -> int:
+        """Returns the number of this process's examples of a step."""
+        is_smaller = self.last_size and (step + 1) % self.steps_per_epoch == 0
+        return (self.last_size if is_smaller else self.batch_size) // jax.process_count()
 
     def indices(self, step: int) -> np.ndarray:
-        """Returns this process's examples of a step, int64 [B / P]; steps count over all epochs."""
+        """Returns this process's examples of a step, int64 [size]; steps count over all epochs."""
         epoch, start = self.place(step)
         with self._lock:  # Several readers would otherwise sort at the same time.
             order = self._order(epoch)
-        return order[start : start + len(self.share)]
+        return order[start : start + self.size(step)]
 
 
 def share(field: str, batch_size: int) -> range:

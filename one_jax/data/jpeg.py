@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from one_jax.data import image_folder
+from one_jax.data import image_decoding
 from one_jax.data.table import EVALUATION_CROP
 from one_jax.errors import explain
 
@@ -129,7 +129,7 @@ def training_image(encoded: Any, candidates: Any, flip: Any, image_size: int) ->
 def evaluation_image(encoded: Any, image_size: int, crop: float | None = None) -> Any:
     """Resizes the shorter side to `image_size` / 0.875; returns the centre, uint8 [S, S, 3].
 
-    With a `crop`, returns exactly what `image_folder.decode` does.
+    With a `crop`, returns exactly what `image_decoding.decode` does.
     """
     tf = import_tensorflow()
     if crop is not None:
@@ -156,7 +156,9 @@ def _decode(encoded: Any, plain_jpeg: Any, other: Any) -> Any:
 
     def jpeg() -> Any:
         shape = tf.image.extract_jpeg_shape(encoded)
-        return tf.cond(shape[2] <= 3, lambda: plain_jpeg(shape), other)
+        # PIL raises for images that are too large.
+        small = tf.reduce_prod(tf.cast(shape[:2], tf.int64)) <= image_decoding.MAX_PIXELS
+        return tf.cond(small & (shape[2] <= 3), lambda: plain_jpeg(shape), other)
 
     return tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
 
@@ -166,7 +168,7 @@ def _decode_with_pil(encoded: Any, **options: Any) -> Any:
 
     def decode(data: bytes) -> np.ndarray:
         with contextlib.suppress(Exception):
-            return image_folder.decode(data, **options)
+            return image_decoding.decode(data, **options)
         # An error in the next operation, of which TensorFlow prints no traceback.
         return np.empty((0, 0, 3), np.uint8)
 

@@ -5,6 +5,7 @@ version on disk is accepted. ArrayRecord files are read without TensorFlow.
 """
 
 import dataclasses
+import logging
 import os
 import shlex
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder, registered
 
-from one_jax.data import image_folder, jpeg, table
+from one_jax.data import image_decoding, jpeg, table, tfrecord
 from one_jax.data.builders import mnist5k
 from one_jax.data.resident import Examples
 from one_jax.errors import UserError, explain, require
@@ -167,7 +168,8 @@ def _check_features(name: str, features: Any, any_size: bool) -> None:
         f"this one lacks the features 'image' (Image) and 'label' (ClassLabel): it has {found}",
     )
     suitable = image.shape[2:] in ((1,), (3,)) and (any_size or None not in image.shape)
-    check(suitable, f'its images have the shape {image.shape}')
+    advice = ': give data.stream=True' if None in image.shape else ''
+    check(suitable, f'its images have the shape {image.shape}{advice}')
     check(image.np_dtype == np.uint8, f'its images are {np.dtype(image.np_dtype).name}')
 
 
@@ -176,11 +178,17 @@ def _array_record_chunks(builder: tfds.core.DatasetBuilder, split: str) -> Itera
     source = builder.as_data_source(split, decoders=skipped, file_format='array_record')
     for start in range(0, len(source), _CHUNK):
         examples = source.__getitems__(list(range(start, min(start + _CHUNK, len(source)))))
-        images = [image_folder.decode(example['image']) for example in examples]
+        images = [image_decoding.decode(example['image']) for example in examples]
         yield images, [example['label'] for example in examples]
 
 
 def _tensorflow_chunks(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[tuple]:
+    if builder.info.file_format is tfds.core.FileFormat.TFRECORD:
+        for file in builder.info.splits[split].file_instructions:
+            # TensorFlow ignores what follows the last whole record.
+            tfrecord.Shard(file.filename, file.examples_in_shard)
+    # TFDS warns of its own code.
+    logging.getLogger('absl').setLevel(logging.ERROR)
     dataset = builder.as_dataset(
         split=split,
         batch_size=_CHUNK,

@@ -5,6 +5,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import config_dict
@@ -50,15 +51,15 @@ def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 class ResidentBatches(Batches):
     """Shuffled training batches of examples in memory; see `Batches`."""
 
-    def __init__(self, examples: Examples, batch_size: int, seed: int):
+    def __init__(self, examples: Examples, batch_size: int, seed: int, drop_last: bool = True):
         order = functools.partial(epoch_permutation, seed, n=len(examples))
-        super().__init__(len(examples), order, batch_size)
+        super().__init__(len(examples), order, batch_size, drop_last)
         self._examples = examples
 
     def batch(self, step: int) -> Batch:
         """Returns this process's part of the batch of a step, see `batches.make_batch`."""
         examples = self._examples.take(self.indices(step))
-        return make_batch(examples.images, examples.labels, len(self.share))
+        return make_batch(examples.images, examples.labels, len(examples))
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
         """Yields the batches of `first_step` and all steps after it."""
@@ -76,18 +77,28 @@ def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
         yield make_batch(part.images, part.labels, len(own))
 
 
-def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Computes mean and standard deviation of each channel of uint8 images, on the [0, 1] scale.
+def count_values(images: np.ndarray) -> np.ndarray:
+    """Returns how often each value occurs in each channel of uint8 images, int64 [C, 256]."""
+    channels = np.moveaxis(images, -1, 0)
+    return np.array(
+        [
+            sum(np.bincount(image.ravel(), minlength=256) for image in channel)
+            for channel in channels
+        ]
+    )
 
-    Both are exact, from counts of the 256 values. The deviation is at least 1 / 255, so that it can
-    be divided by.
+
+def channel_statistics(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Computes mean and standard deviation of each channel on the [0, 1] scale.
+
+    Both are exact, from the counts of `count_values`. The deviation is at least 1 / 255, so that it
+    can be divided by.
     """
     values = np.arange(256) / 255
     statistics = []
-    for channel in np.moveaxis(images, -1, 0):
-        counts = sum(np.bincount(image.ravel(), minlength=256) for image in channel)
-        mean = np.average(values, weights=counts)
-        variance = np.average((values - mean) ** 2, weights=counts)
+    for weights in counts:
+        mean = np.average(values, weights=weights)
+        variance = np.average((values - mean) ** 2, weights=weights)
         statistics.append((float(mean), max(float(np.sqrt(variance)), 1 / 255)))
     mean, std = zip(*statistics, strict=True)
     return mean, std
@@ -103,9 +114,11 @@ def class_ranks(labels: np.ndarray, seed: int, stream: int) -> np.ndarray:
 
 
 def select(
-    train: Examples, label_names: Sequence[str], data_config: config_dict.ConfigDict
-) -> dict[str, Examples]:
+    train: Any, label_names: Sequence[str], data_config: config_dict.ConfigDict
+) -> dict[str, Any]:
     """Splits training images into 'train' and, if some are held out, 'validation'.
+
+    Takes examples in memory or on disk: they have `labels`, int32 [N], and `take`.
 
     Every class is put in one random order: training takes from its front, validation from its back.
     So subsets are nested, and do not depend on how many images are held out. At least one image of

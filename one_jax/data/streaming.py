@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from one_jax.data import image_folder, jpeg
+from one_jax.data import image_decoding, jpeg
 from one_jax.data.batches import Batch, Batches, make_batch, random_bits, share
 from one_jax.errors import UserError
 
@@ -38,6 +38,8 @@ class EncodedExamples(Protocol):
     paths: Sequence[str | os.PathLike]
     # How many examples lie together, in the order of their numbers.
     shard_lengths: Sequence[int]
+
+    def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[bytes, int]:
         """Returns the encoded image and the label of an example."""
@@ -63,7 +65,7 @@ def epoch_order(seed: int, epoch: int, shard_lengths: Sequence[int]) -> np.ndarr
 class StreamedBatches(Batches):
     """Shuffled training batches, randomly cropped to squares and flipped; see `Batches`.
 
-    With a `crop`, nothing is random: images are those of the evaluation, see `image_folder.decode`.
+    With a `crop`, nothing is random: images are those of the evaluation, see `decode`.
 
     Batches are bit-identical for the same seed and step, whatever the first step and the number of
     processes and threads, on processors that round alike. 0 `decode_threads` are one per processor
@@ -181,7 +183,7 @@ class _Pipeline:
             except UserError as error:
                 # TensorFlow would print it, and read on.
                 failed[int(step)] = str(error)
-                blank = image_folder.encode(Image.new('RGB', (1, 1)))
+                blank = image_decoding.encode(Image.new('RGB', (1, 1)))
                 images = np.array([blank] * len(self.indices(int(step))), object)
                 return images, np.zeros(len(images), np.int32), *self.extras(int(step))
 
@@ -225,8 +227,13 @@ class _Pipeline:
             try:
                 transform(tf.constant(images[place]), *(array[place] for array in extras))
             except tf.errors.OpError:
+                reason = 'it is damaged'
+                try:
+                    image_decoding.decode(images[place])
+                except Exception as error:  # Decoders of damaged files raise anything.
+                    reason = str(error).partition('\n')[0]
                 return (
                     f'{self.encoded.describe(index)} is not a whole image ({len(images[place])} '
-                    'bytes): repair or remove it, and prepare the data set again'
+                    f'bytes; {reason}): repair or remove it, and prepare the data set again'
                 )
         return None

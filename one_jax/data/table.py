@@ -125,6 +125,13 @@ def is_streamed(data_config: Mapping[str, Any]) -> bool:
     return bool(streamed and not data_config['generated_examples'])
 
 
+def resizes(data_config: Mapping[str, Any]) -> bool:
+    """Returns whether `image_size` applies: to folders, streams, and what stands in for them."""
+    known = DATASETS.get(data_config['name'])
+    in_place = known is not None and known.streamed
+    return data_config['name'] == IMAGE_FOLDER or in_place or is_streamed(data_config)
+
+
 def default_padding(image_shape: tuple[int, int, int]) -> int:
     """Returns the padding of CIFAR, 4 of 32 pixels, for images of another size."""
     return min(image_shape[:2]) // 8

@@ -7,7 +7,6 @@ how to write one.
 
 import dataclasses
 import importlib
-import math
 import pkgutil
 import typing
 from collections.abc import Callable, Mapping
@@ -19,10 +18,19 @@ from flax import linen as nn
 from flax import struct
 
 from one_jax import losses, models
-from one_jax.errors import require
+from one_jax.errors import ConfigError, require, require_number
 from one_jax.models.multibranch import Outputs
 
 Terms = dict[str, jax.Array]
+
+# Ranges of the numbers in `config.method` by the ends of their names, as in `Method`. Above a
+# temperature of 1000, T^2 times the rounding of float32 is more than a divergence.
+_RANGES = {
+    'temperature': (0.01, 1000),
+    '_weight': (0, 10**6),
+    '_fraction': (0, 1, True),
+    '': (-(10**6), 10**6),
+}
 
 
 @struct.dataclass
@@ -53,8 +61,8 @@ class Method:
 
     A subclass is decorated with `@register(name)`, which makes it a dataclass. Its own annotated
     fields, with defaults, are its fields in `config.method`: bool, float, int, str or a `Literal`
-    of strings. Names imply ranges: 'temperature' is above 0, '*_weight' at least 0, '*_fraction'
-    between 0 and 1.
+    of strings. Names imply ranges: 'temperature' is at least 0.01, '*_weight' at least 0,
+    '*_fraction' between 0 and 1.
     """
 
     # The network's name for each of the K branches, and the number of stages in the trunk.
@@ -63,10 +71,10 @@ class Method:
 
     # The value of `config.method.name`.
     name: ClassVar[str]
-    # K where `config.model.num_branches` is None, and its range; None is no limit.
+    # K where `config.model.num_branches` is None, and its range.
     default_branches: ClassVar[int] = 3
     min_branches: ClassVar[int] = 1
-    max_branches: ClassVar[int | None] = None
+    max_branches: ClassVar[int] = 64
     # Used where `config.model.share_stages` is None.
     default_share_stages: ClassVar[int] = 2
     # Whether branches are whole networks; whether these still share the stem.
@@ -76,7 +84,7 @@ class Method:
     identical_branches: ClassVar[bool] = False
     # The number of frozen teachers, for a method with the field `teachers`.
     min_teachers: ClassVar[int] = 0
-    max_teachers: ClassVar[int | None] = None
+    max_teachers: ClassVar[int] = 64
     # Values of dotted config fields that the paper changes in every recipe, and config options of
     # the method, each with such values.
     recipe: ClassVar[Mapping[str, Any]] = {}
@@ -199,13 +207,13 @@ class Method:
             if typing.get_origin(types[field]) is typing.Literal:
                 choices = typing.get_args(types[field])
                 require(value in choices, f'method.{field}', value, choices)
-            elif types[field] is float:
-                _check_range(field, value)
+            elif types[field] in (int, float):
+                require_number(f'method.{field}', value, *number_range(field))
         if 'teachers' in self.settings:
             least, most = self.min_teachers, self.max_teachers
-            number = least if least == most else f'{least} or more'
+            number = least if least == most else f'{least} to {most}'
             require(
-                least <= len(self.teacher_folders) <= (most or math.inf),
+                least <= len(self.teacher_folders) <= most,
                 'method.teachers',
                 self.settings['teachers'],
                 f'{number} folders of exported students, separated by commas, for '
@@ -213,15 +221,9 @@ class Method:
             )
 
 
-def _check_range(field: str, value: float) -> None:
-    inside, allowed = True, 'finite'
-    if field == 'temperature':
-        inside, allowed = value > 0, 'above 0'
-    elif field.endswith('_weight'):
-        inside, allowed = value >= 0, 'at least 0'
-    elif field.endswith('_fraction'):
-        inside, allowed = 0 <= value <= 1, '0 to 1'
-    require(inside and math.isfinite(value), f'method.{field}', value, allowed)
+def number_range(field: str) -> tuple:
+    """Returns the last arguments of `errors.require_number` for a method's field."""
+    return next(values for ending, values in _RANGES.items() if field.endswith(ending))
 
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -290,6 +292,11 @@ def _branch_networks(kind: type[Method], model: Any) -> tuple[str, ...]:
     networks, number = _split(model.branch_networks), model.num_branches
     if networks:
         field, value = 'model.branch_networks', model.branch_networks
+        for name in networks:
+            try:
+                models.network(name)
+            except ConfigError as error:
+                raise ConfigError(field, error.value, error.allowed) from None
         allowed = f'None or {len(networks)}, the number of {field}={value!r}'
         require(number in (None, len(networks)), 'model.num_branches', number, allowed)
         identical = len(set(networks)) == 1 or not kind.identical_branches
@@ -299,11 +306,8 @@ def _branch_networks(kind: type[Method], model: Any) -> tuple[str, ...]:
         number = kind.default_branches if number is None else number
         field, value = 'model.num_branches', number
     least, most = kind.min_branches, kind.max_branches
-    allowed = f'exactly {least}' if least == most else f'at least {least}'
-    if most not in (None, least):
-        allowed += f' and at most {most}'
-    inside = least <= number <= (most or math.inf)
-    require(inside, field, value, f'{allowed} for method.name={kind.name!r}')
+    allowed = f'exactly {least}' if least == most else f'at least {least} and at most {most}'
+    require(least <= number <= most, field, value, f'{allowed} for method.name={kind.name!r}')
     return networks or kind.default_branch_networks(model.name, number)
 
 
@@ -323,4 +327,4 @@ def _share_stages(kind: type[Method], networks: tuple[str, ...], share_stages: i
 
 
 def _split(names: str) -> tuple[str, ...]:
-    return tuple(filter(None, names.split(',')))
+    return tuple(filter(None, map(str.strip, names.split(','))))

@@ -8,12 +8,10 @@ import numpy as np
 from jax import lax
 
 from one_jax import losses
+from one_jax.errors import require
 from one_jax.methods.base import Context, Method, Terms, register
 from one_jax.models.multibranch import Outputs
 
-# Added to the diagonal of the error covariance, relative to the mean of the diagonal. Keeps the
-# weights of nearly equal branches finite and near uniform.
-RIDGE = 0.01
 # Updates in `linear_weights`.
 UPDATES = 100
 
@@ -41,10 +39,18 @@ class Kdcl(Method):
     teacher: Literal['naive', 'linear', 'min_logit', 'general'] = 'min_logit'
     # Whether each network sees its own random crop of each image; otherwise all see the same.
     own_augmentation: bool = True
+    # For 'general', not in the paper: added to the covariance's diagonal, relative to its mean.
+    # Nearly equal networks have a nearly singular one, and without a ridge weights of mere noise.
+    ridge: float = 0.01
 
     default_branches = 2
     min_branches = 2
     share_nothing = True
+
+    def validate(self) -> None:
+        super().validate()
+        # Below, rounding makes a singular covariance of equal networks.
+        require(1e-9 <= self.ridge <= 1, 'method.ridge', self.ridge, '1e-9 to 1')
 
     @property
     def augments_branches(self) -> bool:
@@ -94,7 +100,7 @@ class Kdcl(Method):
     def state_from_validation(self, statistics: Any) -> Any:
         examples = np.asarray(statistics['examples'])
         covariance = np.asarray(statistics['products'], np.float64) / examples
-        return {'weights': general_weights(covariance).astype(np.float32)}
+        return {'weights': general_weights(covariance, self.ridge).astype(np.float32)}
 
 
 def naive_weights(logits: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) -> jax.Array:
@@ -160,17 +166,17 @@ def linear_weights(logits: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) -
     return jax.nn.softmax(scores)
 
 
-def general_weights(covariance: np.ndarray) -> np.ndarray:
+def general_weights(covariance: np.ndarray, ridge: float) -> np.ndarray:
     """Computes the weights, with sum 1, that minimise the combination's expected squared error.
 
         w = C^-1 1 / (1' C^-1 1)
 
-    where C is the covariance [K, K] of the networks' errors, with `RIDGE` times its mean diagonal
+    where C is the covariance [K, K] of the networks' errors, with `ridge` times its mean diagonal
     added to the diagonal. The weights [K] are uniform if no network makes any error.
     """
     number = len(covariance)
     scale = np.trace(covariance) / number
     if scale == 0:
         return np.full(number, 1 / number)
-    solution = np.linalg.solve(covariance / scale + RIDGE * np.eye(number), np.ones(number))
+    solution = np.linalg.solve(covariance / scale + ridge * np.eye(number), np.ones(number))
     return solution / solution.sum()

@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn
 
 from one_jax import losses
+from one_jax.errors import require
 from one_jax.methods.base import Context, Method, Terms, register
 from one_jax.models.aggregators import Gate, Mean
 from one_jax.models.multibranch import Outputs
@@ -19,7 +20,8 @@ class One(Method):
 
     The paper's ablations: `distill_weight=0` (no online distillation), `model.share_stages=0` (no
     sharing; the gate sees the image), `teacher='mean'` (no gate), `model.num_branches` 1 to 5. One
-    branch is the plain network without a teacher, as in the paper's table.
+    branch is the plain network without a teacher, as in the paper's table. The authors' code, not
+    the paper, has `target_epsilon=1e-7` and `gate_scale='uniform'`.
     """
 
     temperature: float = 3.0
@@ -30,6 +32,16 @@ class One(Method):
     teacher: Literal['gate', 'mean'] = 'gate'
     # Whether the teacher is a constant in the divergence; otherwise it is pulled to the branches.
     detach_teacher: bool = True
+    # Added to each of the teacher's probabilities in the divergence.
+    target_epsilon: float = 0.0
+    # The initial scale of the gate's batch normalisation: 1, or drawn from U(0, 1) as PyTorch did
+    # before version 1.2.
+    gate_scale: Literal['ones', 'uniform'] = 'ones'
+
+    def validate(self) -> None:
+        super().validate()
+        epsilon = self.target_epsilon
+        require(0 <= epsilon < 1, 'method.target_epsilon', epsilon, 'at least 0 and below 1')
 
     @property
     def make_aggregator(self) -> Callable[..., nn.Module] | None:
@@ -37,7 +49,7 @@ class One(Method):
             return None
         if self.teacher == 'mean':
             return Mean
-        return functools.partial(Gate, num_branches=self.num_branches)
+        return functools.partial(Gate, num_branches=self.num_branches, scale_init=self.gate_scale)
 
     def loss(self, outputs: Outputs, context: Context) -> tuple[jax.Array, Terms]:
         if self.num_branches == 1:
@@ -51,6 +63,7 @@ class One(Method):
             weight,
             mask=context.mask,
             detach_teacher=self.detach_teacher,
+            epsilon=self.target_epsilon,
         )
         terms = {**terms, 'distill_weight': weight}
         if outputs.aggregate.weights is not None:

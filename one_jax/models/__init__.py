@@ -17,8 +17,8 @@ Other networks, each described in its file:
   `densenet16_4`, `wrn10_1`, `vgg6_tiny`, `resnet10_tiny`, `resnet14_tiny`, `resnext14_tiny`,
   `seresnet10_tiny`.
 
-`resnet32@0.6` is `resnet32` with 60 % of the channels in its stages, rounded, and the same stem.
-This works for ResNets without groups, wide ResNets and VGG.
+`resnet32@0.6` is `resnet32` with 60 % of the channels in its stages, rounded down, and the same
+stem. This works for ResNets without groups, wide ResNets and VGG.
 
 To add a network see docs/add_a_network.md.
 """

@@ -58,9 +58,11 @@ class Gate(nn.Module):
 
     Attributes:
       num_branches: K.
+      scale_init: of the batch norm: 'ones', or 'uniform' in [0, 1).
     """
 
     num_branches: int
+    scale_init: str = 'ones'
     dtype: Any = jnp.float32
     norm_axis_name: str | None = None
 
@@ -70,7 +72,9 @@ class Gate(nn.Module):
         pooled = shared.astype(dtype).mean(axis=(1, 2))
         scores = layers.Linear(self.num_branches, dtype=dtype, name='linear')(pooled)
         norm = layers.make_norm(dtype, self.norm_axis_name, train)
-        weights = nn.softmax(nn.relu(norm(name='bn')(scores)))
+        scale_init = {'ones': nn.initializers.ones, 'uniform': nn.initializers.uniform(1.0)}
+        norm = norm(scale_init=scale_init[self.scale_init], name='bn')
+        weights = nn.softmax(nn.relu(norm(scores)))
         return Aggregate(losses.ensemble_logits(heads.logits, weights), weights)
 
 

@@ -61,8 +61,9 @@ class Backbone(nn.Module):
     can_scale = False
 
     def scaled(self, channels: int) -> int:
-        """Returns a stage's number of channels at this `width_ratio`, rounded, at least 1."""
-        return max(1, round(channels * self.width_ratio))
+        """Returns a stage's number of channels at this `width_ratio`, rounded down, at least 1."""
+        # Rounded down as by BOC-KD's authors; but 0.29 * 100 is 28.999999999999996.
+        return max(1, int(round(channels * self.width_ratio, 6)))
 
     @property
     def num_stages(self) -> int:

@@ -150,6 +150,8 @@ def _series(records: Records, split: str, name: str, max_points: int | None = No
     found = [r for r in records if r.get('split') == split and r.get(name) is not None]
     if not found:
         return np.empty(0), np.empty((0, 1))
+    size = np.size(found[-1][name])
+    found = [record for record in found if np.size(record[name]) == size]  # Others are damaged.
     epochs = np.array([record.get('epoch', record['step']) for record in found], float)
     values = np.array([np.atleast_1d(np.array(record[name], float)) for record in found])
     if max_points and len(epochs) > max_points:
@@ -209,6 +211,8 @@ def _zoom_to_top(axes: Axes, lines: Iterable[Line]) -> None:
         return
     last = max(epochs[-1] for epochs, _ in lines)
     late = np.concatenate([values[epochs >= 0.4 * last].ravel() for epochs, values in lines])
+    if not np.isfinite(late).any():
+        return
     top = max(np.nanmax(values) for _, values in lines)
     # The low end of the later part, but not a single evaluation that failed.
     bottom = np.nanpercentile(late, 10)

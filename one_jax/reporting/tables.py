@@ -111,7 +111,7 @@ def run_table(result: Mapping[str, Any]) -> str:
     heading = ', '.join(f'{fact} {result[fact]}' for fact in facts if result.get(fact) is not None)
     columns = ['output', *(['network', 'params', 'MFLOPs'] if networks else []), *MEASURES]
     lines = [heading, format_table(rows, columns)]
-    if result.get('pairwise_l2') is not None:
+    if None not in (result.get('pairwise_l2'), result.get('disagreement')):
         lines.append(
             f'diversity: mean L2 distance between two branches {result["pairwise_l2"]:.4f}, '
             f'disagreement {result["disagreement"]:.2f} %'
@@ -183,7 +183,8 @@ def _seeds_row(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
         if row[column] is not None:
             values = [result.get(f'{column}_top1') for result in results]
             row[column] = mean_and_deviation(values, '\n')
-    branches = [result['branch_top1'] for result in results if result.get('branch_top1')]
+    branches = [result.get('branch_top1') or [] for result in results]
+    branches = [values for values in branches if values and None not in values]
     row |= {
         'run': 'mean over seeds',
         'branches': mean_and_deviation(map(statistics.mean, branches)),

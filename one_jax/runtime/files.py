@@ -1,50 +1,107 @@
-"""Writing files: JSON completely or not at all, and one clear error for a full disk."""
+"""Files: JSON read with checks and written completely or not at all; errors of a full disk."""
 
 import contextlib
 import errno
 import json
 import math
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from one_jax.errors import UserError
+from one_jax.errors import UserError, explain, require_kinds
+from one_jax.fields import Kind
 
+# Of the names of temporary files and folders.
+_TEMPORARY = '.one_jax'
+# Of lists and objects in JSON.
+_MAX_DEPTH = 16
 # Errors of a file system that accepts no more data.
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE)
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+def read_json(path: Path, kinds: Mapping[str, Kind] | None = None) -> dict[str, Any]:
+    """Reads the object in a JSON file.
+
+    Args:
+      path: of the file.
+      kinds: what its fields must be; others, and fields that are missing, are not checked.
 
     Raises:
-      UserError: it is not JSON.
+      UserError: there is no such file, it cannot be read, it holds something else than one object
+        (with numbers that are finite, and every name once), or a field of another kind.
     """
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f'{str(path)!r} is damaged: not JSON ({error})') from None
+    with explain(f'{str(path)!r} cannot be read', OSError, ValueError):
+        # Reading a pipe or a device might never end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError('not a regular file')
+        content = path.read_bytes()
+    with explain(f'{str(path)!r} is damaged: not JSON', ValueError, RecursionError):
+        content = json.loads(
+            content,
+            parse_float=_finite,
+            parse_constant=_finite,
+            object_pairs_hook=_unique,
+        )
+    with explain(f'{str(path)!r} is damaged', UserError):
+        if not (isinstance(content, dict) and _is_shallow(content)):
+            raise UserError(f'not an object with fields, at most {_MAX_DEPTH} in each other')
+        require_kinds(content, kinds or {})
+    return content
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f'the number {number}')
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(content := dict(pairs)) < len(pairs):
+        raise ValueError('a name twice in an object')
+    return content
+
+
+def _is_shallow(value: Any, depth: int = _MAX_DEPTH) -> bool:
+    """Whether lists and objects are nested so few times that all code can follow them."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_shallow(part, depth - 1) for part in parts)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file through a temporary one; NaN and infinity become null."""
+    """Writes a JSON file completely or not at all; NaN and infinity become null."""
+    write(path, json.dumps(jsonable(content), indent=2, allow_nan=False).encode() + b'\n')
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file completely or not at all, through a temporary one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    temporary = temporary_beside(path)
     try:
-        with os.fdopen(handle, 'w') as file:
-            json.dump(jsonable(content), file, indent=2, allow_nan=False)
-            file.write('\n')
+        with temporary.open('xb') as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
+
+
+def temporary_beside(path: Path) -> Path:
+    """Returns a new name for a file or folder that is renamed to `path` when it is complete."""
+    return path.with_name(f'.{path.name}.{secrets.token_hex(4)}{_TEMPORARY}')
+
+
+def temporaries(path: Path) -> list[Path]:
+    """Lists what `temporary_beside(path)` has named: some may be in use by another process."""
+    name = re.compile(rf'\.{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(_TEMPORARY)}')
+    return [found for found in path.parent.iterdir() if name.fullmatch(found.name)]
 
 
 def jsonable(value: Any) -> Any:

@@ -50,6 +50,21 @@ def _container_bytes() -> int | None:
     return max(int(limit) - used + int(statistics.get('inactive_file', 0)), 0)
 
 
+def program_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """What a compiled program takes on one device, arguments included; None if it is not known."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    return (
+        analysis.argument_size_in_bytes
+        # Results that do not take over the buffer of an argument.
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+        + analysis.generated_code_size_in_bytes
+    )
+
+
 def device_bytes(device: jax.Device) -> int | None:
     """What `device` has for this process; None if it does not report that.
 

@@ -1,6 +1,7 @@
 """Data parallelism: one mesh axis, and a step that is the same program on every device."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +11,37 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from one_jax.errors import ConfigError
+from one_jax.fields import DEFAULT_CACHE
+
 DATA_AXIS = 'data'
 # The batch axis comes first, or second behind an axis of steps.
 BATCH, STEPS_AND_BATCH, REPLICATED = P(DATA_AXIS), P(None, DATA_AXIS), P()
 
 
-def use_compilation_cache(directory: str) -> None:
-    """Caches compiled programs in `directory` for later runs; '' keeps JAX's own setting."""
-    if directory:
-        jax.config.update('jax_compilation_cache_dir', os.path.expanduser(directory))
+def use_compilation_cache(directory: str, required: bool = True) -> None:
+    """Caches compiled programs in `directory` for later runs; '' keeps JAX's own setting.
+
+    Raises:
+      ConfigError: it is required, not the default, and cannot be written. Otherwise a note is
+        printed, and nothing is cached.
+    """
+    path = os.path.expanduser(directory)
+    try:
+        if path and '://' not in path:  # JAX writes to buckets too.
+            os.makedirs(path, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(bytes(4096))
+    except (OSError, ValueError) as error:
+        allowed = f"a folder that can be written ({error}), or '' for no cache"
+        note = ConfigError('train.compilation_cache_dir', directory, allowed)
+        if required and directory != DEFAULT_CACHE:
+            raise note from None
+        if jax.process_index() == 0:
+            print(f'no cache of compiled programs: {note}')
+        path = ''
+    if path:
+        jax.config.update('jax_compilation_cache_dir', path)
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:

@@ -3,15 +3,23 @@
 All of it is JAX's own distributed runtime. With one process these functions do nothing.
 """
 
+import atexit
 import contextlib
-import hashlib
+import ctypes
+import faulthandler
+import itertools
+import json
 import os
+import re
 import signal
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from one_jax.errors import UserError, require
@@ -20,6 +28,26 @@ Facts = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 # Set by the launcher in each process of a job of several; TPU's has the hosts of the slice.
 _SIZES = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 _TPU_HOSTS = 'TPU_WORKER_HOSTNAMES'
+# Process 0 may prepare a data set while the others wait. If it dies, they do not wait.
+_DAY = 86_400
+_SIGNAL_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_state = multihost_utils.distributed.global_state
+_numbers = itertools.count()
+# What JAX's preemption service does on SIGTERM; the handler of SIGABRT, which must not be freed.
+_preempt: Callable[[int], None] | None = None
+_aborted: Callable[[int], None] | None = None
+_FATAL = re.compile(
+    r'distributed service detected fatal errors.*?absl::Status: (.*?)(\n\n|\nThe tasks|$)', re.S
+)
+_NOT_FOUND = (
+    'the processes of the run do not find each other ({}): one is missing, or was started twice or '
+    'with other flags; see docs/clusters.md, or give --distributed=false for a single process'
+)
+_LOST = (
+    'this process lost the others ({}): see their messages; the same command in all of them resumes'
+)
+# Which of them to print; none when this process ends anyway.
+_messages = [_NOT_FOUND]
 
 
 def initialize(
@@ -27,8 +55,13 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
     distributed: bool | None = None,
+    connect_timeout: int = 300,
+    heartbeat_timeout: int = 100,
 ) -> None:
     """Connects to the other processes of the run; call it before anything else of JAX.
+
+    If this process does not find the others, or loses them later, it ends with one line and
+    status 1.
 
     Args:
       coordinator_address: 'host:port' of process 0. With the next two, the cluster is not queried.
@@ -36,9 +69,11 @@ def initialize(
       process_id: the number of this one, from 0.
       distributed: whether the run has several processes, as the cluster's environment describes
         them; None: only if a TPU slice of several hosts, `srun` or `mpirun` started this process.
+      connect_timeout: seconds until all processes must have connected.
+      heartbeat_timeout: seconds until a process that does not answer counts as lost.
 
     Raises:
-      UserError: some of the three flags are missing, or the other processes cannot be reached.
+      UserError: some of the three flags are missing, the cluster's environment is not understood.
     """
     given = {
         'coordinator_address': coordinator_address,
@@ -47,21 +82,32 @@ def initialize(
     }
     missing = [name for name, value in given.items() if value is None]
     if not missing:
+        require(num_processes >= 1, 'num_processes', num_processes, 'at least 1')
         allowed = f'0 to {num_processes - 1}'
         require(0 <= process_id < num_processes, 'process_id', process_id, allowed)
+        allowed = 'host:port of process 0, with a port of 1 to 65535'
+        port = re.fullmatch(r'.+:(\d{1,5})', coordinator_address)
+        valid = port is not None and 0 < int(port[1]) < 65536
+        require(valid, 'coordinator_address', coordinator_address, allowed)
     else:
         together = '--coordinator_address, --num_processes and --process_id go together'
         require(len(missing) == 3, missing[0], None, together)
         if not (_is_one_of_many() if distributed is None else distributed):
             return
+    _handle_aborts()
     try:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            initialization_timeout=connect_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            shutdown_timeout_seconds=heartbeat_timeout,
+        )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().partition('\n')[0]
-        raise UserError(
-            f'the processes of the run do not find each other ({reason}): see docs/clusters.md, '
-            'or give --distributed=false for a single process'
-        ) from error
+        raise UserError(_NOT_FOUND.format(_first_sentence(str(error)))) from error
+    _take_sigterm_back()
+    _messages[0] = _LOST
 
 
 def _is_one_of_many() -> bool:
@@ -70,9 +116,14 @@ def _is_one_of_many() -> bool:
     return any(os.environ.get(name, '1') not in ('', '1') for name in _SIZES)
 
 
+def count() -> int:
+    """Returns the number of processes, before JAX has found its devices too."""
+    return _state.num_processes
+
+
 def is_first() -> bool:
     """Whether this is process 0, which writes the files."""
-    return jax.process_index() == 0
+    return _state.process_id == 0
 
 
 @contextlib.contextmanager
@@ -89,42 +140,42 @@ def first_alone(name: str) -> Iterator[None]:
 
 def wait_for_all(name: str) -> None:
     """Returns when all processes have reached the point `name`."""
-    if jax.process_count() > 1:
+    if count() > 1:
         multihost_utils.sync_global_devices(f'one_jax:{name}')
 
 
 def from_first(value: int) -> int:
     """Returns process 0's integer in all processes."""
-    if jax.process_count() == 1:
+    if count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 @contextlib.contextmanager
-def agreement() -> Iterator[dict[str, Facts]]:
+def agreement(timeout: int = _DAY) -> Iterator[dict[str, Facts]]:
     """A block after which either all processes continue, or all raise.
 
     Yields a dictionary to fill with what must be equal in all processes: by a name such as
     'config', a mapping or a function that returns one (called only with several processes).
+    `timeout` is how many seconds to wait for the slowest process.
 
     Raises:
-      UserError: the block raised one, here or in another process; or a fact differs between
-        processes, with the first line that does.
+      UserError: the block raised one, here or in another process; a fact differs between
+        processes, with the first line that does; or a process did not arrive.
     """
     facts: dict[str, Facts] = {}
-    error = None
+    error, own = None, {}
     try:
         yield facts
+        if count() > 1:
+            own = {name: _as_lines(fact) for name, fact in facts.items()}
     except UserError as raised:
         error = raised
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.int32(error is not None))
-        if error is None and failed.any():
-            error = UserError(f'process {int(failed.argmax())} cannot start: see its own message')
+    if count() > 1:
+        verdict = _verdict(None if error else own, timeout)
+        error = error or (UserError(verdict) if verdict else None)
     if error is not None:
         raise error
-    if jax.process_count() > 1:
-        _compare({name: _as_lines(fact) for name, fact in facts.items()})
 
 
 def _as_lines(fact: Facts) -> str:
@@ -132,43 +183,127 @@ def _as_lines(fact: Facts) -> str:
     return '\n'.join(f'{name}={value!r}' for name, value in sorted(fact.items()))
 
 
-def _compare(facts: Mapping[str, str]) -> None:
-    """Raises `UserError` if a fact is not the same text in all processes."""
-    digests = [hashlib.sha256(text.encode()).digest()[:16] for text in facts.values()]
-    own = np.frombuffer(b''.join(digests), np.uint32).reshape(len(facts), 4)
-    everyone = multihost_utils.process_allgather(own, tiled=False)
-    for index, name in enumerate(facts):
-        different = (everyone[:, index] != everyone[0, index]).any(axis=1)
-        if different.any():
-            process = int(different.argmax())
-            ours, theirs = _lines_apart(facts[name], process)
-            raise UserError(
-                f'process {process} has another {name} than process 0 ({theirs} and not {ours}): '
-                'start all processes with the same command, data and version of one_jax'
-            )
+def _verdict(own: dict[str, str] | None, timeout: int) -> str:
+    """Returns process 0's judgement of the facts of all processes: an error message, or ''.
+
+    Through the key-value store of JAX's coordinator: collectives require that all agree.
+    """
+    client, key = _state.client, f'one_jax/agreement/{next(_numbers)}'
+    client.key_value_set(f'{key}/{_state.process_id}', json.dumps(own))
+    if is_first():
+        everyone = []
+        try:
+            for process in range(count()):
+                text = client.blocking_key_value_get(f'{key}/{process}', 1000 * timeout)
+                everyone.append(json.loads(text))
+            verdict = _difference(everyone)
+        except jax.errors.JaxRuntimeError:
+            verdict = f'process {len(everyone)} has not started within {timeout} s: see its message'
+        client.key_value_set(f'{key}/verdict', json.dumps(verdict))
+    # Process 0 waits for each of the others.
+    wait = 1000 * (timeout * count() + 60)
+    return json.loads(client.blocking_key_value_get(f'{key}/verdict', wait))
 
 
-def _lines_apart(text: str, process: int) -> tuple[str, str]:
-    """Returns the first line that only process 0 has, and the first that only `process` has."""
-    size = multihost_utils.process_allgather(np.int32(len(text.encode()))).max()
-    padded = np.frombuffer(text.encode().ljust(size), np.uint8)
-    texts = multihost_utils.process_allgather(padded)
-    first, other = (bytes(texts[index]).decode().rstrip().splitlines() for index in (0, process))
-    ours = next((line for line in first if line not in other), 'nothing')
-    return ours, next((line for line in other if line not in first), 'nothing')
+def _difference(everyone: Sequence[dict[str, str] | None]) -> str:
+    """Returns in what the facts of the processes differ, or which process has none; '' if equal."""
+    if None in everyone:
+        return f'process {everyone.index(None)} cannot start: see its own message'
+    for process, facts in enumerate(everyone):
+        for name, text in everyone[0].items():
+            ours, theirs = text.splitlines(), facts.get(name, '').splitlines()
+            if ours != theirs:
+                mine = next((line for line in ours if line not in theirs), 'nothing')
+                other = next((line for line in theirs if line not in ours), 'nothing')
+                return (
+                    f'process {process} has another {name} than process 0 ({other} and not {mine}):'
+                    ' start all processes with the same command, data and version of one_jax'
+                )
+    return ''
 
 
-def stop_signals() -> tuple[int, ...]:
-    """The signals that a run handles itself; with several processes, JAX handles SIGTERM."""
-    return (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+def request_stop() -> None:
+    """Asks all processes to stop after a step that none has passed: see `stop_agreed`."""
+    if _preempt is not None:
+        _preempt(signal.SIGTERM)
 
 
 def stop_agreed(step: int, stop: bool) -> bool:
     """Whether to stop after `step`: in a single process `stop`, whether a signal arrived.
 
-    Of several, the one that gets SIGTERM informs the others through JAX's preemption service, which
-    picks a step that none has passed.
+    Of several, the one that gets the signal informs the others through JAX's preemption service,
+    which picks a step that none has passed.
     """
-    if jax.process_count() == 1:
+    if count() == 1:
         return stop
     return multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def ending_when_lost() -> Iterator[None]:
+    """A block in which an error of JAX ends one of several processes with one line and status 1.
+
+    What one process does not survive appears in the others as errors of any kind.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if count() == 1:
+            raise
+        _end(str(error))
+
+
+def _first_sentence(text: str) -> str:
+    return ' '.join(text.split()).partition('. ')[0][:300]
+
+
+def _end(reason: str) -> None:
+    line = f'error: {_messages[0].format(_first_sentence(reason))}\n'
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), line.encode(errors='backslashreplace'))
+    os._exit(1)  # JAX would wait for the others.
+
+
+def _handle_aborts() -> None:
+    """From now on, this process ends with one line and status 1 when JAX's client gives up.
+
+    The client calls abort() if it cannot connect or loses the others, after many lines by C++ on
+    stderr. These go to a file instead, from which the reason is taken; Python keeps stderr. Any
+    other abort() shows what is in the file.
+    """
+    global _aborted
+    log = tempfile.TemporaryFile()  # noqa: SIM115
+    sys.stderr = os.fdopen(os.dup(2), 'w', buffering=1, errors='backslashreplace')
+    logging.get_absl_handler().python_handler.stream = sys.stderr
+    # Orbax warns of what `stop_agreed` returns.
+    logging.get_absl_logger().addFilter(lambda x: 'preemption sync point' not in x.getMessage())
+    os.dup2(log.fileno(), 2)
+
+    @_SIGNAL_HANDLER
+    def aborted(number: int) -> None:
+        if not _messages:
+            os._exit(1)
+        text = os.pread(log.fileno(), 2**20, 0).decode(errors='replace')
+        if fatal := _FATAL.search(text):
+            _end(fatal[1])
+        sys.stderr.write(text)
+        faulthandler.dump_traceback(sys.stderr)
+        os._exit(128 + number)
+
+    _aborted = aborted
+    atexit.register(_messages.clear)
+    _set_handler(signal.SIGABRT, ctypes.cast(aborted, ctypes.c_void_p))
+
+
+def _take_sigterm_back() -> None:
+    """Replaces the handler of JAX's preemption service by Python's, and keeps it to be called."""
+    global _preempt
+    _preempt = _SIGNAL_HANDLER(_set_handler(signal.SIGTERM, None))
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
+def _set_handler(number: int, handler: ctypes.c_void_p | None) -> int:
+    """Sets the handler of a signal in C (None: the default), and returns the previous one."""
+    function = ctypes.CDLL(None).signal
+    function.argtypes, function.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    return function(number, handler)

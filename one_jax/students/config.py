@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ import numpy as np
 from flax import linen as nn
 
 from one_jax import methods, models
-from one_jax.errors import require
+from one_jax.errors import require, require_kinds
+from one_jax.fields import KINDS, Kind, list_of, number, or_none
 from one_jax.students.batch_norm_folding import FoldedNetwork
 
 ENSEMBLE, TEACHER = 'ensemble', 'teacher'
@@ -22,27 +23,18 @@ DATA_FIELDS = {'name': str, 'generated_examples': int, 'image_size': int, 'strea
 _LARGEST_SIDE = 4096
 
 
-def check(config: Any) -> None:
+def check(config: Mapping[str, Any]) -> None:
     """Checks the fields that every student has; `build_network` checks the others.
 
     Raises `ConfigError` for a value of a wrong type or out of range, `KeyError` for a missing one.
     """
-    require(isinstance(config, dict), 'config', type(config).__name__, 'an object with fields')
-    for field, (allowed, suits) in _FIELDS.items():
-        if field in config or field not in ('crop', 'data'):
-            require(suits(config[field]), field, config[field], allowed)
+    require_kinds(config, _FIELDS)
+    for field in _REQUIRED:
+        config[field]
     names, number = config['label_names'], config['num_classes']
+    distinct = len(set(names))
     require(len(names) == number, 'num_classes', number, f'label_names has {len(names)} names')
-
-
-def _number(low: float, high: float = sys.float_info.max, kinds: Any = (int, float)) -> Any:
-    return lambda value: type(value) in kinds and low <= value <= high
-
-
-def _list(suits: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, list) and length in (None, len(value)) and all(map(suits, value))
-    )
+    require(distinct == number, 'label_names', names, f'{number} different names')
 
 
 def _is_data(value: Any) -> bool:
@@ -54,18 +46,24 @@ def _is_data(value: Any) -> bool:
 _POSITIVE = sys.float_info.min
 # Of the numbers that images are normalised with, in float32.
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-_FIELDS = {
-    'network': ('the name of a network', lambda value: isinstance(value, str)),
-    'num_classes': ('a whole number from 1', _number(1, kinds=(int,))),
+_REQUIRED = ('network', 'num_classes', 'input_size', 'mean', 'std', 'label_names')
+_FIELDS: Mapping[str, Kind] = {
+    'network': ('the name of a network', KINDS[str][1]),
+    'num_classes': ('a whole number from 1', number(1, kinds=(int,))),
     'input_size': (
         f'height and width, whole numbers from 1 to {_LARGEST_SIDE:,}',
-        _list(_number(1, _LARGEST_SIDE, (int,)), 2),
+        list_of(number(1, _LARGEST_SIDE, (int,)), 2),
     ),
-    'crop': ('a number above 0, at most 1', _number(_POSITIVE, 1)),
-    'mean': ('three numbers', _list(_number(-_LARGEST, _LARGEST), 3)),
-    'std': ('three numbers above 0, in float32', _list(_number(_SMALLEST, _LARGEST), 3)),
+    'crop': ('a number above 0, at most 1', number(_POSITIVE, 1)),
+    'mean': ('three numbers', list_of(number(-_LARGEST, _LARGEST), 3)),
+    'std': ('three numbers above 0, in float32', list_of(number(_SMALLEST, _LARGEST), 3)),
     'data': (f'the fields {", ".join(DATA_FIELDS)} of a data set', _is_data),
-    'label_names': ('a list of names', _list(lambda name: isinstance(name, str))),
+    'label_names': ('a list of names', list_of(KINDS[str][1])),
+    'ensemble': KINDS[dict],
+    'metric': or_none(KINDS[dict]),
+    'method': or_none(KINDS[str]),
+    'seed': or_none(KINDS[int]),
+    'weights_sha256': KINDS[str],
 }
 
 

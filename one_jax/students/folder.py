@@ -1,12 +1,14 @@
 """Writing a student's folder, whole or not at all, and only if its files compute the same."""
 
 import dataclasses
+import fcntl
 import os
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ _REPETITIONS, _SECONDS = 20, 5.0
 
 def require_new(output: Path) -> None:
     """Raises `ConfigError` if `output` exists and is not an empty folder."""
-    new = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    with explain(f'output={str(output)!r} cannot be written', OSError):
+        new = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     require(new, 'output', str(output), 'a new folder: nothing is overwritten')
 
 
@@ -94,14 +97,35 @@ def whole_or_not_at_all(output: Path) -> Iterator[Path]:
     """Yields a temporary folder that replaces `output` if the block ends without an error."""
     with explain(f'output={str(output)!r} cannot be written', OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=output.parent, prefix=f'.{output.name}.', ignore_cleanup_errors=True
-        ) as temporary:
-            yield Path(temporary)
-            # Another export may have written it meanwhile; a rename replaces an empty folder only.
-            require_new(output)
-            os.chmod(temporary, 0o755)
-            os.rename(temporary, output)
+        for litter in files.temporaries(output):
+            with _locked(litter) as is_ours:
+                # An empty folder may be so new that it is not locked yet.
+                if is_ours and any(litter.iterdir()):
+                    shutil.rmtree(litter, ignore_errors=True)
+        temporary = files.temporary_beside(output)
+        temporary.mkdir()
+        try:
+            with _locked(temporary):
+                yield temporary
+                # Another export may have written it meanwhile; a rename replaces an empty folder
+                # only.
+                require_new(output)
+                temporary.rename(output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder; yields whether it could: it is there, and no other process has locked it."""
+    with ExitStack() as stack:
+        locked = False
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        yield locked
 
 
 def write_weights(folder: Path, student: Student, weights: str) -> Student:

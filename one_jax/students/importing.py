@@ -12,6 +12,7 @@ import numpy as np
 from one_jax import data, methods, models
 from one_jax.data import table
 from one_jax.errors import UserError, explain, require
+from one_jax.models.layers import EPSILON
 from one_jax.models.resnet_cifar import CifarResNet
 from one_jax.students import config as student_config
 from one_jax.students import folder, selection, self_check, torch_interop, weights_file
@@ -116,5 +117,37 @@ def _read_variables(
             renamed = {re.sub(theirs, ours, name): array for name, array in state_dict.items()}
             # Two of one name would be ambiguous.
             state_dict = renamed if len(renamed) == len(state_dict) else state_dict
+        if isinstance(network, CifarResNet):
+            state_dict = _add_shortcuts(state_dict)
         variables = torch_interop.from_state_dict(state_dict, template)
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables)
+
+
+def _add_shortcuts(state_dict: torch_interop.StateDict) -> dict[str, np.ndarray]:
+    """Writes type A shortcuts (He et al. 2016), which have no weights, as projections, exactly.
+
+    Every second pixel, with zeros for channels on both sides, is a 1x1 convolution with a kernel of
+    zeros and ones, and a batch normalisation that changes nothing: in float32, var + epsilon is 1.
+    """
+    added = {}
+    for block in ('layer2.0', 'layer3.0'):
+        kernel = state_dict.get(f'{block}.conv1.weight', np.empty(0))
+        basic = kernel.ndim == 4 and kernel.shape[0] == 2 * kernel.shape[1]
+        if not basic or any(name.startswith(f'{block}.downsample') for name in state_dict):
+            return dict(state_dict)
+        width, inputs = kernel.shape[:2]
+        identity = np.eye(width, inputs, -(width - inputs) // 2, dtype=np.float32)
+        added[f'{block}.downsample.0.weight'] = identity[..., None, None]
+        ones = np.ones(width, np.float32)
+        norm = {
+            'weight': ones,
+            'bias': 0 * ones,
+            'running_mean': 0 * ones,
+            'running_var': ones - EPSILON,
+        }
+        added |= {f'{block}.downsample.1.{name}': values for name, values in norm.items()}
+    print(
+        'The weights have no shortcuts: taken as type A, every second pixel and zeros for new '
+        'channels, half of them on each side'
+    )
+    return {**state_dict, **added}

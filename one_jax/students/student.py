@@ -132,8 +132,7 @@ def load_student(directory: str | Path, dtype: Any = jnp.float32) -> Student:
                 command = f'python -m one_jax.export --workdir={directory} --output=NEW_DIR'
                 found = f'is a run, not a student: {command}'
             raise UserError(f'student={str(directory)!r} {found}')
-    with explain(f'{str(config_path)!r} cannot be read', OSError, RecursionError):
-        config = files.read_json(config_path)
+    config = files.read_json(config_path)
     with explain(f'{str(config_path)!r} describes no student', *_INCONSISTENT):
         student_config.check(config)
         network = student_config.build_network(config, dtype)

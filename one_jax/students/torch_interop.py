@@ -21,6 +21,8 @@ _LEAVES = {
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
 _COUNTER = '.num_batches_tracked'
 _AGGREGATOR = 'aggregator'
+# Linear layers that are 1x1 convolutions in timm: [out, in, 1, 1]. Ours were [out, in] once.
+_POINTWISE = re.compile(r'\.se\.fc[12]\.weight$')
 # Names, spelt so, in the code of ONE's authors.
 _ONE_NAMES = {'fc': 'classfier3', 'linear': 'control_v1', 'bn': 'bn_v1'}
 
@@ -90,14 +92,22 @@ def _split(variables: Variables, num_branches: int) -> dict[str, Any]:
 
 
 def _write(variables: Variables, num_branches: int, rename: Rename) -> dict[str, np.ndarray]:
-    return {
+    arrays = {
         name: np.ascontiguousarray(np.transpose(np.asarray(leaf), _axes(leaf)))
         for name, leaf in _named_leaves(_split(variables, num_branches), rename).items()
+    }
+    return {
+        name: array[..., None, None] if _POINTWISE.search(name) else array
+        for name, array in arrays.items()
     }
 
 
 def _read(state_dict: StateDict, template: Variables, num_branches: int, rename: Rename) -> Any:
     templates = jax.eval_shape(lambda variables: _split(variables, num_branches), dict(template))
+    state_dict = {
+        name: array[..., 0, 0] if _POINTWISE.search(name) and array.shape[2:] == (1, 1) else array
+        for name, array in state_dict.items()
+    }
     _check_fit(state_dict, templates, rename)
 
     def read(part: str) -> Any:

@@ -1,9 +1,13 @@
 """Reading files of weights, without ever running code that a file holds."""
 
 import hashlib
+import io
 import os
+import pickle
+import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ _ENDINGS = (_SAFETENSORS, '.pth', '.pt', '.pth.tar', '.th', '.ckpt', '.bin')
 _SAFE_TORCH = (2, 6)
 # No network has larger weights; a flipped bit may make some.
 _LARGEST = 1e20
+# Before PyTorch 1.6: a magic number, the version, sizes of types, the content, names of storages.
+_LEGACY_PICKLES = 5
 # Where checkpoints keep the state dict, beside the epoch, the optimiser and so on.
 _WRAPPERS = ('state_dict', 'model', 'net', 'model_state_dict')
 # What DataParallel, Lightning, distillation code and `torch.compile` put before all names.
@@ -72,9 +78,11 @@ def check_values(state_dict: Mapping[str, np.ndarray]) -> None:
     problems = []
     for name, array in state_dict.items():
         with np.errstate(over='ignore'):
-            rounded = array.astype(np.float32) if array.dtype.kind in 'fiu' else None
+            # Batches are usually counted in integers.
+            kinds = 'fiu' if name.endswith('.num_batches_tracked') else 'f'
+            rounded = array.astype(np.float32) if array.dtype.kind in kinds else None
         if rounded is None:
-            problems.append(f'{array.dtype} in place of real numbers in {name}')
+            problems.append(f'{array.dtype} in place of floating-point numbers in {name}')
         elif not (np.abs(rounded) < _LARGEST).all():
             problems.append(f'NaN, infinity or numbers above 1e20 in {name}')
         elif name.endswith('.running_var') and (rounded < 0).any():
@@ -92,17 +100,50 @@ def _read_pickled(path: Path, where: str) -> Any:
     allowed = f"with PyTorch {torch.__version__} code in it could run: pip install 'torch>=2.6'"
     require(safe, 'weights', str(path), allowed)
     try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f'{part} differs from its CRC-32')
         # It warns of pickle protocols that it does not expect, and may succeed all the same.
         with warnings.catch_warnings(action='ignore'):
-            return torch.load(path, map_location='cpu', weights_only=True)
+            # Only Python 2 pickles strings that need an encoding.
+            options = {'map_location': 'cpu', 'weights_only': True, 'encoding': 'latin-1'}
+            try:
+                return torch.load(path, **options)
+            except pickle.UnpicklingError as error:
+                if 'Unsupported operand' not in str(error):
+                    raise
+                return torch.load(io.BytesIO(_without_text(path.read_bytes())), **options)
     except Exception as error:  # whatever the parsers of damaged files raise
-        reason = f'is damaged, or not a PyTorch file ({type(error).__name__})'
+        first = str(error).partition('\n')[0][:100]
+        reason = f'is damaged, or not a PyTorch file ({type(error).__name__}: {first})'
         if found := re.search(r'GLOBAL (\S+)', str(error)):
             reason = (
                 f'holds more than weights ({found[1]}), and code in a file is never run: save '
                 'network.state_dict() alone'
             )
         raise UserError(f'{where} {reason}') from None
+
+
+def _without_text(content: bytes) -> bytes:
+    """Rewrites what `torch.load(weights_only=True)` cannot read of PyTorch's files of Python 2.
+
+    Python 2 pickles integers of more than 32 bits, which name the parameters in an optimiser's
+    state, as text, and strings of more than 255 bytes as such. Nothing is unpickled.
+    """
+    stream, parts = io.BytesIO(content), []
+    for _ in range(_LEGACY_PICKLES):
+        # Of the operation before, which ends where the next one begins.
+        replaced, begin = b'', stream.tell()
+        for operation, value, position in pickletools.genops(stream):
+            parts.append(replaced or content[begin:position])
+            replaced, begin = b'', position
+            if operation.name == 'INT' and type(value) is int:
+                data = pickle.encode_long(value)
+                replaced = pickle.LONG1 + bytes([len(data)]) + data
+            elif operation.name == 'BINSTRING':
+                data = value.encode()
+                replaced = pickle.BINUNICODE + len(data).to_bytes(4, 'little') + data
+        parts.append(content[begin : stream.tell()])
+    return b''.join(parts) + content[stream.tell() :]
 
 
 def _unwrap(content: Any, where: str) -> dict[str, Any]:

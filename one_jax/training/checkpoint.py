@@ -7,6 +7,7 @@ and the shape and dtype of every array; and `SHA256SUMS`, see `checksums`.
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,13 +18,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from one_jax.errors import UserError, explain
+from one_jax.errors import UserError, explain, require
 from one_jax.runtime import files, processes
 from one_jax.training import checksums
 
 # Orbax renames expired checkpoints into this folder before it deletes their files, so a kill never
 # leaves half a checkpoint under the name of a whole one.
 _DELETED = 'deleted'
+# In the names of checkpoints that are not complete.
+_UNFINISHED = '.orbax-checkpoint-tmp'
 
 
 class Restored(NamedTuple):
@@ -57,6 +60,11 @@ class Checkpoints:
         self._saving, self._read_back = 0, False
 
     def __enter__(self) -> Self:
+        if not self._read_only:
+            allowed = 'a folder, or not there: move it away'
+            is_folder = self.directory.is_dir() or not os.path.lexists(self.directory)
+            require(is_folder, 'checkpoints', str(self.directory), allowed)
+            self._delete_litter(_DELETED, f'*{_UNFINISHED}*')
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -147,7 +155,7 @@ class Checkpoints:
         if self._manager is not None:
             with self._reporting_failed_writes():
                 self._manager.wait_until_finished()
-            self._delete_expired()
+            self._delete_litter(_DELETED)
             if self._saving in self.steps() and not self._read_back and processes.is_first():
                 # On paths that it takes for patterns, Orbax writes what it cannot read.
                 folder = self.directory / str(self._saving)
@@ -165,8 +173,7 @@ class Checkpoints:
                 manager.close()
 
     def _open(self) -> ocp.CheckpointManager:
-        """Opens Orbax's manager, which creates the directory and removes unfinished saves."""
-        self._delete_expired()
+        """Opens Orbax's manager, which creates the directory."""
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep_latest,
             cleanup_tmp_directories=True,
@@ -185,9 +192,11 @@ class Checkpoints:
         (folder,) = (p for p in self.directory.iterdir() if p.name.partition('.')[0] == name)
         checksums.write(folder)
 
-    def _delete_expired(self) -> None:
+    def _delete_litter(self, *patterns: str) -> None:
         if processes.is_first():
-            shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
+            for pattern in patterns:
+                for folder in self.directory.glob(pattern):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _reporting_failed_writes(self) -> contextlib.AbstractContextManager[None]:
         failed = f'could not save checkpoint {self._saving} in {self.directory} ({{reason}})'

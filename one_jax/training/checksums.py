@@ -60,6 +60,8 @@ def set_aside(folder: Path, error: Exception, only_warn: bool) -> None:
 
 def _verify(folder: Path) -> None:
     try:
+        if not (folder / FILE_NAME).is_file():  # Reading a pipe might never end.
+            raise DamagedError(f'cannot read {FILE_NAME}: it is no file')
         saved = (folder / FILE_NAME).read_text().splitlines()
         found = _digests(folder).splitlines()
     except PermissionError:

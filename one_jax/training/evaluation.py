@@ -1,5 +1,6 @@
 """Evaluates a run: every branch, the teacher and the ensemble."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from one_jax import data, methods, models
 from one_jax.data import augment
 from one_jax.errors import require
 from one_jax.models.multibranch import Outputs
-from one_jax.runtime import parallel
+from one_jax.runtime import memory, parallel
 from one_jax.students import classes
-from one_jax.students.evaluation import evaluate_split, evaluation_record, make_evaluation_step
+from one_jax.students.evaluation import (
+    compile_ahead,
+    evaluate_split,
+    evaluation_record,
+    make_evaluation_step,
+)
 from one_jax.training import saved
 from one_jax.training.state import TrainState
 
@@ -57,6 +63,14 @@ class Evaluator:
             method.num_branches,
         )
         self._validation_step = parallel.data_parallel(validation_statistics, mesh)
+
+    def compile(self, variables: Any, available: int | None = None) -> int:
+        """Compiles the evaluation ahead; returns a device's bytes of a batch and temporaries."""
+        size = self._config.data.eval_batch_size
+        self._step, needed = compile_ahead(
+            self._step, variables, self._source, size, self._mesh, available
+        )
+        return needed
 
     def splits(self, final: bool) -> tuple[str, ...]:
         """Returns all splits at the end of training, before that the first."""
@@ -102,13 +116,19 @@ def evaluate_workdir(directory: Path) -> dict[str, Any]:
     """
     run = saved.load(directory)
     mesh = parallel.make_mesh()
-    config_lib.validate(run.config, mesh.size)
-    parallel.use_compilation_cache(run.config.train.compilation_cache_dir)
+    config_lib.validate(run.config, mesh.size, effects=False)
+    # A place on the machine of the run.
+    parallel.use_compilation_cache(run.config.train.compilation_cache_dir, required=False)
     source = data.open(run.config.data)
     names = run.progress.data.get('label_names', source.label_names), source.label_names
     same = classes.match(*names, 'workdir', str(directory)) is None
     require(same, 'data.name', run.config.data.name, 'classes in the order of training')
+    # Those of a folder in memory change with its training images.
+    recorded = {k: tuple(v) for k, v in run.progress.data.items() if k in ('mean', 'std')}
+    source = dataclasses.replace(source, spec=dataclasses.replace(source.spec, **recorded))
     network = models.make_multibranch(run.config.model, source.spec.num_classes, run.method)
     evaluator = Evaluator(run.config, run.method, network, source, mesh)
-    record = evaluator(parallel.replicate(run.variables, mesh), 'test')
+    variables = parallel.replicate(run.variables, mesh)
+    evaluator.compile(variables, memory.device_bytes(jax.local_devices()[0]))
+    record = evaluator(variables, 'test')
     return {'step': run.step, 'split': 'test', **record}

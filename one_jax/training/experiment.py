@@ -106,9 +106,12 @@ def make_experiment(
     axis_name = parallel.DATA_AXIS if config.sync_batch_norm else None
     network = models.make_multibranch(config.model, spec.num_classes, method, axis_name)
     total_steps = config.train.steps or config.train.epochs * steps_per_epoch
-    warmup, allowed = config.optimizer.warmup_epochs, 'shorter than the run'
-    rises = warmup * steps_per_epoch < total_steps
-    require(rises, 'optimizer.warmup_epochs', warmup, f'{allowed} of {total_steps} steps')
+    allowed = f'fewer: devices count steps in int32, and an epoch has {steps_per_epoch}'
+    require(total_steps < 2**31, 'train.epochs', config.train.epochs, allowed)
+    warmup = config.optimizer.warmup_epochs
+    allowed = f'0, or from one step up to below the {total_steps} steps of the run'
+    rises = not warmup or 0 < round(warmup * steps_per_epoch) < total_steps
+    require(rises, 'optimizer.warmup_epochs', warmup, f'{allowed}; an epoch has {steps_per_epoch}')
     schedule = optimizer.make_schedule(
         config.optimizer, steps_per_epoch, total_steps, config.data.batch_size
     )

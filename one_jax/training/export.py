@@ -12,7 +12,7 @@ from ml_collections import config_dict
 from one_jax import models
 from one_jax.data import augment
 from one_jax.errors import require
-from one_jax.runtime import files
+from one_jax.reporting import runs
 from one_jax.students import batch_norm_folding, folder, quantisation, selection, self_check
 from one_jax.students import config as student_config
 from one_jax.students import onnx as onnx_export
@@ -138,4 +138,4 @@ def _describe_training(directory: Path, run: saved.SavedRun) -> dict[str, Any]:
     settings = run.method.settings
     fields |= {f'method.{name}': settings[name] for name in settings if name != 'teachers'}
     path = directory / workdir.RESULT
-    return {'fields': fields, **(files.read_json(path) if path.is_file() else {})}
+    return {'fields': fields, **(runs.read_result(path) if path.exists() else {})}

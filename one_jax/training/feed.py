@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from one_jax import data
+from one_jax.errors import require
 from one_jax.runtime import memory, parallel
 from one_jax.training.experiment import Experiment
 
@@ -41,11 +42,18 @@ def steps_per_call(config: Any, images_on_device: bool, steps_per_epoch: int) ->
     return min(chosen, config.train.log_every, steps_per_epoch)
 
 
+def require_parts(config: Any, batches: data.Batches, mesh: Mesh) -> None:
+    """Raises `ConfigError` unless devices and parts of a batch divide the smaller last one."""
+    parts, size = mesh.size * config.train.accumulation_steps, batches.last_size
+    allowed = f'True: {parts} (devices times parts) does not divide the last batch of {size}'
+    require(size % parts == 0, 'data.drop_last', config.data.drop_last, allowed)
+
+
 class Feed:
     """Iterates over the calls of the train step: the step completed after each, and its batches.
 
-    A call ends at the next training record at the latest. See `step.make_train_step` for the
-    batches.
+    A call ends at the next training record at the latest. A smaller last batch of an epoch has a
+    call of one step to itself. See `step.make_train_step` for the batches.
 
     Args:
       experiment: of the run.
@@ -68,19 +76,22 @@ class Feed:
         self._experiment, self._batches, self._mesh = experiment, batches, mesh
         self._num_steps, self._first_step = num_steps, first_step
         self._constants: dict[str, Any] = {}
+        # Masks of calls that only send indices, by their shape.
+        self._masks: dict[tuple[int, ...], jax.Array] = {}
         if examples is not None:
             arrays = {'image': examples.images, 'label': examples.labels}
             self._constants['examples'] = parallel.replicate(arrays, mesh)
-            size = len(batches.indices(first_step))
-            ones = np.ones((num_steps, size), np.float32)
-            self._constants['mask'] = parallel.shard_batch(ones, mesh, parallel.STEPS_AND_BATCH)
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         step, total_steps = self._first_step, self._experiment.total_steps
         stream = None if self._constants else self._batches.iterate(step)
         while step < total_steps:
-            count = 1
-            while count < self._num_steps and not self._experiment.logs_at(step + count):
+            count, size = 1, self._batches.size
+            while (
+                count < self._num_steps
+                and not self._experiment.logs_at(step + count)
+                and size(step + count) == size(step)
+            ):
                 count += 1
             if stream is None:
                 steps = range(step, step + count)
@@ -92,15 +103,28 @@ class Feed:
 
     def _place(self, batches: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         """Stacks the batches of a call, pads them to `num_steps`, and moves them to the devices."""
-        stacked = {name: self._stack([batch[name] for batch in batches]) for name in batches[0]}
-        placed = parallel.shard_batch(stacked, self._mesh, parallel.STEPS_AND_BATCH)
-        if self._num_steps > 1:
+        size = len(next(iter(batches[0].values())))
+        num_steps = self._num_steps if size == len(self._batches.share) else 1
+        stacked = {
+            name: _stack([batch[name] for batch in batches], num_steps) for name in batches[0]
+        }
+        placed = self._shard(stacked)
+        if self._constants:
+            shape = num_steps, size
+            if shape not in self._masks:
+                self._masks[shape] = self._shard(np.ones(shape, np.float32))
+            placed['mask'] = self._masks[shape]
+        if num_steps > 1:
             placed['count'] = parallel.replicate(np.int32(len(batches)), self._mesh)
         return {**self._constants, **placed}
 
-    def _stack(self, arrays: list[np.ndarray]) -> np.ndarray:
-        if self._num_steps == 1:
-            return arrays[0][None]
-        stacked = np.zeros((self._num_steps, *arrays[0].shape), arrays[0].dtype)
-        np.stack(arrays, out=stacked[: len(arrays)])
-        return stacked
+    def _shard(self, arrays: Any) -> Any:
+        return parallel.shard_batch(arrays, self._mesh, parallel.STEPS_AND_BATCH)
+
+
+def _stack(arrays: list[np.ndarray], num_steps: int) -> np.ndarray:
+    if num_steps == 1:
+        return arrays[0][None]
+    stacked = np.zeros((num_steps, *arrays[0].shape), arrays[0].dtype)
+    np.stack(arrays, out=stacked[: len(arrays)])
+    return stacked

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from one_jax import models
 from one_jax.models import cost
-from one_jax.reporting import curves
+from one_jax.reporting import curves, runs
 from one_jax.runtime import environment, files, processes, records
 from one_jax.runtime.interrupt import Interrupted, StopRequest
 from one_jax.runtime.profiling import Profiler
@@ -45,6 +45,7 @@ class Run:
         config = experiment.config.to_dict()
         self._progress = Progress(data=data, config=config, fingerprint=fingerprint)
         self._saved_at: int | None = None
+        self._stop: StopRequest | None = None
         self._stack = contextlib.ExitStack()
         self._checkpoints = checkpoint.Checkpoints(
             directory / workdir.CHECKPOINTS,
@@ -77,7 +78,7 @@ class Run:
     def stored_result(self) -> dict[str, Any] | None:
         """Returns the content of result.json, or None if the run has not finished."""
         path = self._directory / workdir.RESULT
-        return files.read_json(path) if path.exists() else None
+        return runs.read_result(path) if path.exists() else None
 
     def restore(self, template: Any) -> tuple[TrainState | None, int]:
         """Restores the state of the newest checkpoint, in the form of `template`, and its step.
@@ -100,6 +101,10 @@ class Run:
             print(f'resumes after step {restored.step} of {self._experiment.total_steps}')
         return restored.state, restored.step
 
+    def note_signals(self) -> None:
+        """From now on a signal stops the run when its state is saved; see `interrupt`."""
+        self._stop = self._stack.enter_context(StopRequest(processes.request_stop))
+
     def begin(self, step: int) -> None:
         """Writes data.json and config.json, and opens records and progress bar after `step`."""
         config, enter = self._experiment.config, self._stack.enter_context
@@ -109,7 +114,6 @@ class Run:
             files.write_json(self._directory / workdir.DATA, self._progress.fingerprint)
             files.write_json(self._directory / workdir.CONFIG, config.to_dict())
         self._records = enter(records.RecordWriter(self._directory, step)) if first else None
-        self._stop = enter(StopRequest(processes.stop_signals()))
         stream = None if first else enter(open(os.devnull, 'w'))  # noqa: SIM115
         bar = ProgressBar(self._experiment.total_steps, config.data.batch_size, step, stream)
         self._bar = enter(contextlib.closing(bar))
@@ -171,7 +175,11 @@ class Run:
         raise Interrupted(step, self._stop.signal_number or signal.SIGTERM)
 
     def finish(self, mesh: Mesh) -> dict[str, Any]:
-        """Writes the curves and result.json, and returns its content."""
+        """Writes the curves and result.json, and returns its content.
+
+        Raises:
+          Interrupted: a signal came in after the last step.
+        """
         self._checkpoints.wait()
         result = make_result(self._experiment, self._progress, self._directory.name, mesh)
         if processes.is_first():
@@ -183,6 +191,8 @@ class Run:
                 print(f'{str(path)!r} holds no records: {workdir.CURVES} is not drawn')
             files.write_json(self._directory / workdir.RESULT, result)
         processes.wait_for_all('result')
+        if self._stop:
+            self.interrupt(self._experiment.total_steps)
         return result
 
     def _epoch(self, step: int) -> float:
@@ -236,6 +246,7 @@ def make_result(
         'method': config.method.name,
         'network': config.model.name,
         'dataset': config.data.name,
+        **{name: n for name, n in progress.data.items() if name == 'unreadable_images'},
         'seed': config.seed,
         'epochs': experiment.total_epochs,
         'split': 'test',

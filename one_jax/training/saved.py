@@ -5,8 +5,12 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from one_jax import methods
+import jax
+import numpy as np
+
+from one_jax import methods, models
 from one_jax.errors import UserError
+from one_jax.students.student import abstract_variables
 from one_jax.training import checkpoint, workdir
 from one_jax.training.state import Progress
 
@@ -38,7 +42,7 @@ def load(directory: Path) -> SavedRun:
 
     Raises:
       UserError: there is no run or no checkpoint, the run deletes it before it is read, or it is of
-        a run of another config.
+        a run of another config, or does not fit the network.
     """
     config = workdir.read_config(directory)
     check = functools.partial(workdir.check_checkpoint, directory, config)
@@ -48,7 +52,20 @@ def load(directory: Path) -> SavedRun:
         state, progress, step = _read(checkpoints)
     variables = {name: state[name] for name in ('params', 'batch_stats')}
     variables = state.get('averages', variables)
-    return SavedRun(config, methods.create(config), variables, Progress.from_dict(progress), step)
+    run = SavedRun(config, methods.create(config), variables, Progress.from_dict(progress), step)
+    _require_shapes(run, directory)
+    return run
+
+
+def _require_shapes(run: SavedRun, directory: Path) -> None:
+    data, method = run.progress.data, run.method
+    network = models.make_multibranch(run.config.model, data['num_classes'], method)
+    template = abstract_variables(network, tuple(data['image_shape']))
+    if jax.tree.map(np.shape, run.variables) != jax.tree.map(np.shape, template):
+        raise UserError(
+            f'{str(directory)!r}: checkpoint {run.step} does not fit {method.branch_networks}: an '
+            'earlier version of one_jax gave them other widths; use that, or train again'
+        )
 
 
 def _read(checkpoints: checkpoint.Checkpoints) -> checkpoint.Restored:

@@ -102,6 +102,7 @@ def abstract_arguments(
     state: Any,
     num_steps: int = 1,
     num_examples: int = 0,
+    batch_size: int = 0,
 ) -> tuple:
     """The arguments of the train step as `jax.ShapeDtypeStruct`s with shardings.
 
@@ -111,6 +112,7 @@ def abstract_arguments(
       state: the train state, of any shapes with dtypes.
       num_steps: n, steps per call.
       num_examples: of the data set in device memory; 0 if batches bring their images.
+      batch_size: B; 0 is `data.batch_size`.
     """
 
     def placed(tree: Any, spec: P) -> Any:
@@ -119,7 +121,7 @@ def abstract_arguments(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
 
-    size = num_steps, experiment.config.data.batch_size
+    size = num_steps, batch_size or experiment.config.data.batch_size
     image_shape = experiment.spec.image_shape
     batch = {'mask': jax.ShapeDtypeStruct(size, jnp.float32)}
     if num_examples:

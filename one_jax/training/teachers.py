@@ -20,11 +20,11 @@ def load_student(field: str, directory: str, dtype: Any = jnp.float32) -> studen
     """Loads the exported student that a config field names.
 
     Raises:
-      ConfigError: the folder holds no student.
+      ConfigError: the folder holds no student, or has no possible name.
     """
     try:
         return student_lib.load_student(directory, dtype)
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise ConfigError(field, directory, f'an exported student: {error}') from None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from one_jax import config as config_lib
 from one_jax.errors import UserError, explain
-from one_jax.runtime import files, processes
+from one_jax.runtime import files, processes, records
 
 CONFIG, RESULT, CURVES, CHECKPOINTS = 'config.json', 'result.json', 'curves.png', 'checkpoints'
 # The fingerprint of the data and the exported students with which the run began.
@@ -36,15 +36,11 @@ def check(workdir: Path, config: Any, fingerprint: Mapping[str, Any] | None = No
       UserError: the workdir cannot be written, has a path that checkpoints cannot have, or holds a
         run of another config, a run on other data, or other files.
     """
-    path = str(workdir.absolute())
-    if set(path) & set(_PATTERN_CHARACTERS):
-        raise UserError(
-            f'workdir={path!r} is not allowed: checkpoints cannot be read back from a path with '
-            f'one of {" ".join(_PATTERN_CHARACTERS)}; rename it, or give another --workdir'
-        )
-    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    with _reporting_unwritable(workdir), tempfile.TemporaryFile(dir=existing):
-        pass
+    _check_path(workdir)
+    with _reporting_unwritable(workdir):
+        existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass
     if (workdir / CONFIG).exists():
         different = config_lib.differences(read_config(workdir), config)
         _require_same(workdir, 'a run of another config', different)
@@ -54,6 +50,17 @@ def check(workdir: Path, config: Any, fingerprint: Mapping[str, Any] | None = No
         raise UserError(
             f'workdir={str(workdir)!r} is not empty and holds no {CONFIG}: '
             'give the directory of a run, or an empty or a new one'
+        )
+
+
+def _check_path(workdir: Path) -> None:
+    path = str(workdir.absolute())
+    # Python decodes bytes that are not UTF-8 so.
+    if any(c in _PATTERN_CHARACTERS or '\udc80' <= c <= '\udcff' for c in path):
+        raise UserError(
+            f'workdir={path!r} is not allowed: checkpoints cannot be read back from a path with '
+            f'one of {" ".join(_PATTERN_CHARACTERS)} or that is not UTF-8; rename it, or give '
+            'another --workdir'
         )
 
 
@@ -89,8 +96,7 @@ def check_checkpoint(
 
 def _check_data(workdir: Path, fingerprint: Mapping[str, Any]) -> None:
     if (workdir / DATA).exists():
-        with explain(f'{str(workdir / DATA)!r} is damaged', AttributeError):
-            different = _differences(files.read_json(workdir / DATA), fingerprint)
+        different = _differences(files.read_json(workdir / DATA), fingerprint)
         _require_same(workdir, 'a run on other data or with another teacher', different)
     elif processes.is_first():
         print(
@@ -124,6 +130,7 @@ def _require_same(workdir: Path, held: str, different: list[str]) -> None:
 
 def _is_left_by_a_start(file: Path) -> bool:
     """Whether a run that was killed before it had a config.json may have left this file."""
+    # Earlier versions named their temporary files so.
     return file.name in (LOCK, DATA) or file.name.startswith((f'.{CONFIG}.', f'.{DATA}.'))
 
 
@@ -131,17 +138,20 @@ def read_config(workdir: Path) -> Any:
     """Reads the resolved config of the run in `workdir`.
 
     Raises:
-      UserError: there is no run, or an exported student.
+      UserError: there is no run, or an exported student, or its config is damaged.
     """
-    if not (workdir / CONFIG).is_file():
+    _check_path(workdir)
+    # Unlike `Path.exists`, this returns False for a name that is too long.
+    if not os.path.exists(workdir / CONFIG):
         raise UserError(f'workdir={str(workdir)!r} holds no run: there is no {CONFIG} in it')
     content = files.read_json(workdir / CONFIG)
-    if isinstance(content, dict) and 'label_names' in content:
+    if 'label_names' in content:
         raise UserError(
             f'workdir={str(workdir)!r} is an exported student, not a run: give the directory of a '
             'run, or --student where the command has it'
         )
-    return config_lib.stored_config(content)
+    with explain(f'{str(workdir / CONFIG)!r} is damaged', UserError):
+        return config_lib.stored_config(content)
 
 
 @contextlib.contextmanager
@@ -150,6 +160,7 @@ def hold(workdir: Path) -> Iterator[None]:
 
     The system releases the lock when the process ends, however it ends; the file stays, without
     meaning. It works across machines if the shared file system supports locks (NFS 4, Lustre).
+    Temporary files that killed processes left are removed.
 
     Raises:
       UserError: another process holds the workdir, or it cannot be written.
@@ -170,6 +181,10 @@ def hold(workdir: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
+        else:
+            for name in (CONFIG, RESULT, DATA, records.FILE_NAME):
+                for litter in files.temporaries(workdir / name):
+                    litter.unlink()
         with _reporting_unwritable(workdir):
             file.truncate(0)
             # Not through Python's buffer, which would be written again, and fail, on closing.

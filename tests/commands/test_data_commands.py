@@ -48,24 +48,32 @@ def folder(tmp_path):
 
 def test_streamed_folder_becomes_a_student_with_its_class_names(tmp_path, folder):
     workdir = tmp_path / 'run'
+    (folder / 'train/red/empty.png').write_bytes(b'')
     flags = [
         '--config=configs/image_folder.py:smoke',
         *SHORT,
         f'--config.data.root={folder}',
         '--config.data.stream=True',
+        '--config.data.skip_unreadable=True',
         '--config.train.steps=12',
         '--config.optimizer.warmup_epochs=0',
         '--config.optimizer.learning_rate=0.05',
     ]
-    run('main', *flags, f'--workdir={workdir}')
+    output, _ = run('main', *flags, f'--workdir={workdir}')
+    assert (
+        "data: image_folder, 3 classes ('blue things', 'green', 'red'); images: train 48," in output
+    )
+    assert 'pixels: 32x32, random-resized crops and flips; evaluation 0.875; mean 0.485' in output
+    assert 'red/empty.png (empty file)' in output
     result = read_result(workdir)
+    assert result['unreadable_images'] == 1
     assert result['teacher_top1'] > 60
     student = tmp_path / 'student'
     run('export', f'--workdir={workdir}', f'--output={student}')
     names = load_student(student).label_names
     assert names == ['blue things', 'green', 'red']
     assert json.loads((student / 'config.json').read_text())['input_size'] == [32, 32]
-    output, _ = run('evaluate', f'--student={student}', *flags[:7])
+    output, _ = run('evaluate', f'--student={student}', *flags[:8])
     assert f'{result["deployed_top1"]:.2f}' in output
     assert f'{result["deployed_nll"]:.4f}' in output
 

@@ -1,12 +1,17 @@
-"""Checkpoints of processes that are killed, or whose disk is full."""
+"""Processes that are killed or stopped at any moment, or whose disk is full."""
 
+import contextlib
+import itertools
+import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from command_helpers import TINY, cache_flag, run, start
 
 from one_jax.training import checksums
 from one_jax.training.checkpoint import Checkpoints
@@ -109,3 +114,37 @@ def test_save_killed_at_any_moment_leaves_whole_checkpoints(tmp_path):
         # No half checkpoint has the name of a whole one.
         for older in reader.steps():
             checksums.verify(directory / str(older))
+
+
+# The beginning of the line to wait for, and seconds from there to the signal.
+MOMENTS = [
+    *[('', 0.4), ('', 1.0), ('', 2.0), ('1 x cpu', 0.0), ('1 x cpu', 1.0)],
+    *[('memory', 0.0), ('memory', 0.3), ('step', 0.0), ('epoch 2', 0.0), ('epoch 2', 0.3)],
+]
+
+
+def test_main_signalled_at_any_moment_ends_with_one_line_and_resumes(tmp_path):
+    """In imports, compilation, training and the last writes; SIGTERM and Ctrl-C in turn."""
+    workdir, statuses = tmp_path / 'run', []
+    flags = (*TINY, cache_flag(), f'--workdir={workdir}')
+    numbers = itertools.cycle((signal.SIGINT, signal.SIGTERM))
+    for (beginning, delay), number in zip(MOMENTS, numbers, strict=False):
+        if (workdir / 'result.json').exists():
+            shutil.rmtree(workdir)
+        process = start('main', *flags)
+        if beginning:
+            lines = process.stdout if beginning in ('1 x cpu', 'memory') else process.stderr
+            next(line for line in lines if line.startswith(beginning))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=delay)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=120)
+        errors = [line for line in errors.splitlines() if not line.startswith(('step ', 'epoch '))]
+        # Without a line only if the run ended before the signal came.
+        assert (process.returncode, len(errors)) in [(128 + number, 1), (0, 0)], (output, errors)
+        assert all(line.startswith(f'stopped by {number.name}') for line in errors)
+        statuses.append(process.returncode)
+        for path in workdir.rglob('*.json'):
+            json.loads(path.read_text())
+    assert statuses.count(0) <= 2
+    run('main', *flags)

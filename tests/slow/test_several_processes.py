@@ -1,5 +1,7 @@
 """Two real processes of four devices each, against one process of eight."""
 
+import contextlib
+import re
 import signal
 import subprocess
 import sys
@@ -206,52 +208,123 @@ def test_run_saved_in_two_processes_resumes_in_one(runs, folder, tmp_path):
     assert_close_runs(workdir, folder / 'alone/resident')
 
 
-def start_pair(workdir):
-    """Starts both processes of the run `SMALL` as a user does."""
+@contextlib.contextmanager
+def started(workdir, *own_flags, num_processes=2):
+    """A block with a process for each of `own_flags`, started as a user starts the run `SMALL`."""
     fields = [
         f'--config.{name}={str(value).lower() if isinstance(value, bool) else value}'
         for name, value in SMALL.items()
     ]
-    port = free_port()
     config = '--config=configs/cifar10_resnet32.py'
-    pair = [f'--coordinator_address=localhost:{port}', '--num_processes=2']
-    command = [sys.executable, '-m', 'one_jax.main', config, *fields, *pair]
-    return [
-        subprocess.Popen(
-            [*command, f'--workdir={workdir}', f'--process_id={index}'],
-            cwd=REPOSITORY,
-            env=environment(4),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
+    flags = [f'--coordinator_address=localhost:{free_port()}', f'--num_processes={num_processes}']
+    flags += [f'--workdir={workdir}', '--connect_timeout=60', '--heartbeat_timeout=10']
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for index, own in enumerate(own_flags):
+            command = [sys.executable, '-m', 'one_jax.main', config, *fields, *flags]
+            process = subprocess.Popen(
+                [*command, f'--process_id={index}', *own],
+                cwd=REPOSITORY,
+                env=environment(4),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            processes.append(process)
+        yield processes
+
+
+def wait_for_line(process, beginning):
+    """Waits for a line of process 0: of its devices, then of its memory, before the first step."""
+    line = ''
+    while not line.startswith(beginning):
+        line = process.stdout.readline()
+        assert line, process.communicate()
+
+
+def ends(processes):
+    """Waits for the processes; returns the status of each, and its lines on stderr but records."""
+    errors = [process.communicate(timeout=TIMEOUT)[1].splitlines() for process in processes]
+    lines = [[line for line in text if not line.startswith(('step ', 'epoch '))] for text in errors]
+    return [process.returncode for process in processes], lines
 
 
 @pytest.mark.end_to_end
-def test_sigterm_to_one_of_two_processes_stops_both_and_they_resume(runs, folder, tmp_path):
+@pytest.mark.parametrize(
+    ('number', 'statuses'), [(signal.SIGTERM, [143, 143]), (signal.SIGINT, [143, 130])]
+)
+def test_signal_to_one_of_two_processes_stops_both_and_they_resume(
+    runs, folder, tmp_path, number, statuses
+):
+    """The first steps take longer than the news of the signal."""
     workdir = tmp_path / 'run'
-    pair = start_pair(workdir)
-    try:
-        # Process 0 prints its memory, then config.json is written and the first steps follow, which
-        # take longer than the news of the signal.
-        line = ''
-        while not line.startswith('memory'):
-            line = pair[0].stdout.readline()
-            assert line, pair[0].communicate()
-        pair[1].send_signal(signal.SIGTERM)
-        errors = [process.communicate(timeout=TIMEOUT)[1] for process in pair]
-        assert [process.returncode for process in pair] == [143, 143], errors
-        last_lines = {text.splitlines()[-1] for text in errors}
-        _, step = saved_state(workdir)
-        assert 1 <= step < SMALL['train.steps']
-        assert last_lines == {f'stopped by SIGTERM at step {step}, saved; the same command resumes'}
-        pair = start_pair(workdir)
+    with started(workdir, [], []) as pair:
+        wait_for_line(pair[0], 'memory')
+        # Written when both have compiled: before, a signal ends its process.
+        while not (workdir / 'config.json').exists():
+            assert pair[0].poll() is None
+        pair[1].send_signal(number)
+        found, lines = ends(pair)
+    assert found == statuses, lines
+    _, step = saved_state(workdir)
+    assert 1 <= step < SMALL['train.steps']
+    names = ['SIGTERM', number.name]
+    assert lines == [
+        [f'stopped by {name} at step {step}, saved; the same command resumes'] for name in names
+    ]
+    with started(workdir, [], []) as pair:
         outputs = [process.communicate(timeout=TIMEOUT) for process in pair]
         assert [process.returncode for process in pair] == [0, 0], outputs
-    finally:
-        for process in pair:
-            process.kill()
     assert f'resumes after step {step} of' in outputs[0][0]
     assert_close_runs(workdir, folder / 'pair/resident')
+
+
+def test_second_ctrl_c_ends_both_processes_at_once(tmp_path):
+    with started(tmp_path / 'run', [], []) as pair:
+        wait_for_line(pair[0], 'memory')
+        for process in pair:
+            while process.poll() is None:  # Signals that arrive together count once.
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.1)
+        statuses, lines = ends(pair)
+    assert statuses[0] == 130
+    assert lines[0] == ['stopped by SIGINT']
+    # Process 1 may notice first that process 0 is gone.
+    assert (statuses[1], lines[1]) == (130, ['stopped by SIGINT']) or (
+        statuses[1] == 1 and len(lines[1]) == 1 and 'this process lost the others' in lines[1][0]
+    )
+
+
+def test_killed_process_ends_the_other_with_one_line(tmp_path):
+    with started(tmp_path / 'run', [], []) as pair:
+        wait_for_line(pair[0], '8 x cpu')
+        pair[1].kill()
+        (status, _), (lines, _) = ends(pair)
+    assert (status, len(lines)) == (1, 1), lines
+    assert lines[0].startswith('error: this process lost the others (')
+
+
+ALIKE = r'process 1 has another command than process 0 \({}\): start all processes with the same'
+NOT_FOUND = (
+    'the processes of the run do not find each other .*: one is missing, or was started twice'
+)
+MISFITS = {
+    'workdir': ([[], ['--workdir=runs/other']], ALIKE.format(r"workdir='.*other' and not .*run'")),
+    'number': ([[], ['--num_processes=3']], ALIKE.format('num_processes=3 and not .*=2')),
+    'missing': ([['--connect_timeout=5']], NOT_FOUND),
+    'no coordinator': ([['--process_id=1', '--connect_timeout=5']], NOT_FOUND),
+}
+
+
+@pytest.mark.parametrize('case', MISFITS)
+def test_processes_that_do_not_fit_end_with_one_line_each(tmp_path, case):
+    own_flags, message = MISFITS[case]
+    with started(tmp_path / 'run', *own_flags) as processes:
+        statuses, lines = ends(processes)
+    assert set(statuses) == {1}, lines
+    for (line,) in lines:
+        assert re.match(f'error: {message}', line), line
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """The memory of a compiled train step, and the errors of one that does not fit."""
 
 import jax
+import numpy as np
 import pytest
 from training_fixtures import Setting, small_config
 
@@ -10,6 +11,7 @@ from one_jax.runtime import memory
 from one_jax.training import compiled_step
 from one_jax.training import step as step_lib
 from one_jax.training.compiled_step import CompiledStep, plan_memory
+from one_jax.training.evaluation import Evaluator
 
 FIELDS = {'method.name': 'plain', 'model.num_branches': None}
 
@@ -42,6 +44,33 @@ def test_run_that_does_not_fit_is_an_error_and_leaves_the_workdir_free(monkeypat
     assert 'accumulation' not in message
     assert '\n' not in message
     assert [path.name for path in (tmp_path / 'run').iterdir()] == ['.lock']
+
+
+def test_evaluation_that_does_not_fit_is_an_error_before_training(monkeypatch, tmp_path):
+    """Of 10,000 images on each device, the first maps alone take 41 MB."""
+    monkeypatch.setattr(memory, 'available_bytes', lambda: 4 * 40_000_000)
+    config = small_config(**FIELDS, **{'data.eval_batch_size': 40_000})
+    with pytest.raises(ConfigError, match=r'evaluation .* of 40\.0 MB.*; give fewer') as raised:
+        train.train_and_evaluate(config, tmp_path / 'run')
+    assert (raised.value.field, raised.value.value) == ('data.eval_batch_size', 40_000)
+    assert [path.name for path in (tmp_path / 'run').iterdir()] == ['.lock']
+
+
+def test_evaluation_compiled_ahead_is_the_one_that_runs():
+    setting = Setting(2, **FIELDS)
+    experiment, config = setting.experiment, setting.experiment.config
+    evaluator, lazy = (
+        Evaluator(config, experiment.method, experiment.network, setting.source, setting.mesh)
+        for _ in range(2)
+    )
+    state = setting.initial_state(np.uint32(0))
+    needed = evaluator.compile(state.evaluated_variables)
+    # Each device's half of a batch of 16 images, at least.
+    assert needed > 8 * (8 * 8 * 3 + 4 + 4)
+    step = evaluator._step
+    assert isinstance(step, jax.stages.Compiled)
+    assert evaluator(state.evaluated_variables, 'test') == lazy(state.evaluated_variables, 'test')
+    assert evaluator._step is step
 
 
 class Refusing:
@@ -83,6 +112,8 @@ def test_plan_memory_needs_neither_the_data_set_nor_the_devices(tmp_path):
     config = small_config(**FIELDS, **fields, **{'data.generated_examples': 0})
     planned = plan_memory(config, 4)
     assert planned.batch == 2 * (32 * 32 * 3 + 4 + 4)
+    # A quarter of 16 images, and at least the first maps of each.
+    assert planned.evaluation > 4 * 32 * 32 * (3 + 16 * 4)
     assert config.data.batch_size == 8
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match=r'data\.batch_size=8 .* multiple of the 5 devices'):
@@ -93,8 +124,8 @@ def test_compiled_step_keeps_few_calls_in_flight(monkeypatch):
     waited = []
     step = object.__new__(CompiledStep)
     step.__dict__.update(_in_flight=compiled_step.collections.deque(), _teacher_variables=())
-    step._compiled = lambda state, batch: (state + 1, state)
+    step._programs = {(1, 8): lambda state, batch: (state + 1, state)}
     monkeypatch.setattr(jax, 'block_until_ready', waited.append)
     for state in range(7):
-        step(state, {})
+        step(state, {'mask': np.ones((1, 8))})
     assert waited == list(range(7 - compiled_step.MAX_CALLS_IN_FLIGHT))

@@ -12,9 +12,11 @@ from student_fixtures import generated_config
 from one_jax import config as config_lib
 from one_jax import data, methods, train
 from one_jax.errors import ConfigError, UserError
+from one_jax.models.backbone import Backbone
 from one_jax.runtime import files
 from one_jax.students import folder
 from one_jax.students.evaluation import evaluate_students
+from one_jax.students.student import load_student
 from one_jax.training import saved, teachers
 from one_jax.training.checkpoint import Checkpoints
 from one_jax.training.export import Options, export_student
@@ -36,6 +38,17 @@ def run(tmp_path_factory):
     }
     workdir = directory / 'run'
     return SimpleNamespace(workdir=workdir, result=result, folders=folders, students=students)
+
+
+def test_run_of_an_earlier_version_with_other_widths_is_an_error(run, tmp_path, monkeypatch):
+    before = Backbone.scaled
+    monkeypatch.setattr(Backbone, 'scaled', lambda self, channels: before(self, channels - 1))
+    with pytest.raises(UserError, match=r"checkpoint 2 does not fit .*'resnet8@0.5'") as e:
+        export_student(run.workdir, tmp_path / 'student')
+    assert '\n' not in str(e.value)
+    assert not (tmp_path / 'student').exists()
+    with pytest.raises(UserError, match=r'weights do not fit the network: .* has shape'):
+        load_student(run.folders[1])
 
 
 @pytest.fixture
@@ -176,7 +189,7 @@ def test_checkpoint_that_the_run_deletes_while_it_is_read_is_read_again(run, mon
 
 
 def test_evaluation_on_unsuitable_data_is_an_error(run):
-    config = generated_config(**{'data.name': 'cifar100'})
+    config = generated_config(**{'data.name': 'cifar100', 'data.image_size': 0})
     with pytest.raises(UserError, match="the data set 'cifar100'"):
         evaluate_students([run.folders[0]], config)
     config.data.eval_batch_size = 18

@@ -83,6 +83,65 @@ def test_names_of_other_cifar_code_are_read(tmp_path):
         import_student(tmp_path / 'both.safetensors', 'resnet8', config, tmp_path / 't')
 
 
+def type_a_network(torch, blocks, classes):
+    """Builds a CIFAR ResNet with type A shortcuts, named as in common PyTorch code."""
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, inputs, width):
+            super().__init__()
+            self.stride, self.padding = width // inputs, (width - inputs) // 2
+            self.conv1 = nn.Conv2d(inputs, width, 3, self.stride, 1, bias=False)
+            self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+            self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+
+        def forward(self, x):
+            y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+            x = x[:, :, :: self.stride, :: self.stride]
+            return (y + nn.functional.pad(x, (0, 0, 0, 0, self.padding, self.padding))).relu()
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+            for stage, inputs, width in ((1, 16, 16), (2, 16, 32), (3, 32, 64)):
+                rest = [Block(width, width) for _ in range(blocks - 1)]
+                setattr(self, f'layer{stage}', nn.Sequential(Block(inputs, width), *rest))
+            self.linear = nn.Linear(64, classes)
+
+        def forward(self, x):
+            x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
+            return self.linear(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    network = Network()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network.eval()
+
+
+@pytest.mark.parametrize(('name', 'blocks'), [('resnet8', 1), ('resnet14', 2)])
+def test_type_a_shortcuts_become_projections_with_the_same_logits(
+    tmp_path, images, capsys, name, blocks
+):
+    torch = pytest.importorskip('torch')
+    theirs = type_a_network(torch, blocks, 10)
+    state_dict = {f'module.{name}': values for name, values in theirs.state_dict().items()}
+    torch.save({'state_dict': state_dict, 'best_prec1': 91.7}, tmp_path / 'weights.th')
+    student = import_student(
+        tmp_path / 'weights.th', name, generated_config().data, tmp_path / 'student'
+    )
+    assert 'taken as type A' in capsys.readouterr().out
+    normalised = (images / 255 - np.array(student.mean)) / np.array(student.std)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(normalised.transpose(0, 3, 1, 2)).float()).numpy()
+    assert np.abs(student(images) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 def test_folder_that_another_export_wrote_meanwhile_is_kept(tmp_path):
     def write(folder_name):
         with folder.whole_or_not_at_all(tmp_path / folder_name) as temporary:
@@ -122,12 +181,16 @@ def test_branch_of_a_one_checkpoint_has_the_logits_of_the_network(tmp_path, imag
 ERRORS = {
     'unknown network': ({'network': 'resnet9'}, "network='resnet9': "),
     'other network': ({'network': 'resnet14'}, 'missing layer1.1.bn1.bias'),
+    'one shortcut of two': (
+        {'without': 'layer3.0.downsample'},
+        'missing layer3.0.downsample.0.weight',
+    ),
     'unknown layout': ({'layout': 'two'}, "layout='two' is not allowed: one of 'plain', 'one'"),
     'branch of one network': ({'branch': '1'}, "branch='1' is not allowed: 0 to 0"),
     'layout of one network': ({'layout': 'one'}, 'have no layer3_1'),
     'no CIFAR network': ({'layout': 'one', 'network': 'resnet18'}, 'except for CIFAR'),
     'other classes': (
-        {'data_config': generated_config(**{'data.name': 'cifar100'}).data},
+        {'data_config': generated_config(**{'data.name': 'cifar100', 'data.image_size': 0}).data},
         'fc.weight has shape (10, 64) and not (100, 64)',
     ),
 }
@@ -139,6 +202,10 @@ def test_import_that_does_not_fit_writes_nothing(tmp_path, case):
     weights, output = tmp_path / 'weights.safetensors', tmp_path / 'student'
     write_plain(weights)
     arguments = {'network': 'resnet8', 'data_config': generated_config().data, **arguments}
+    if without := arguments.pop('without', None):
+        state_dict = safetensors.numpy.load_file(weights)
+        kept = {name: x for name, x in state_dict.items() if not name.startswith(without)}
+        safetensors.numpy.save_file(kept, weights)
     with pytest.raises(UserError) as raised:
         import_student(weights, output=output, **arguments)
     assert words in str(raised.value)

@@ -22,6 +22,7 @@ from one_jax.runtime import records
 from one_jax.runtime.interrupt import Interrupted
 from one_jax.training import saved
 from one_jax.training.checkpoint import Checkpoints
+from one_jax.training.evaluation import evaluate_workdir
 from one_jax.training.run import Run
 
 # With all that a run may have: 30 of 40 images train, three steps per epoch.
@@ -227,6 +228,18 @@ def test_run_on_moved_data_resumes_and_returns_the_same_result(on_images, tmp_pa
     assert train.train_and_evaluate(moved, folder / 'finished') == result
     train.train_and_evaluate(moved, workdir)
     assert_same_run(workdir, folder / 'finished')
+
+
+def test_evaluation_of_a_run_whose_folder_has_grown_normalises_as_in_training(on_images, tmp_path):
+    folder, _ = on_images
+    expected = evaluate_workdir(folder / 'finished')
+    grown = shutil.copytree(folder / 'data', tmp_path / 'grown')
+    Image.new('RGB', (8, 8), 'white').save(grown / 'train' / 'a' / 'white.png')
+    workdir = shutil.copytree(folder / 'finished', tmp_path / 'run')
+    config = json.loads((workdir / 'config.json').read_text())
+    config['data']['root'] = str(grown)
+    (workdir / 'config.json').write_text(json.dumps(config))
+    assert evaluate_workdir(workdir) == expected
 
 
 def test_run_finished_returns_its_result_with_a_note_if_its_data_is_gone(on_images, capsys):

@@ -106,6 +106,15 @@ def test_default_branches_are_the_network_at_decreasing_widths():
     assert given.branch_networks == ('resnet8', 'resnet8@0.3')
 
 
+@pytest.mark.parametrize(
+    ('ratio', 'channels', 'scaled'),
+    # 0.29 * 100 is 28.999999999999996 in floating point.
+    [(0.8, 16, 12), (0.2, 64, 12), (0.5, 64, 32), (0.01, 16, 1), (0.29, 100, 29), (1.0, 64, 64)],
+)
+def test_narrow_stage_has_its_share_of_the_channels_rounded_down(ratio, channels, scaled):
+    assert models.network('resnet8')(num_classes=2, width_ratio=ratio).scaled(channels) == scaled
+
+
 def test_network_shares_the_stem_and_adapts_to_branch_0():
     method = create('boc_kd')
     config = config_lib.default_config()
@@ -121,7 +130,7 @@ def test_network_shares_the_stem_and_adapts_to_branch_0():
         [params[f'head_{j}'][f'layer{s}_0']['conv1']['kernel'].shape[-1] for s in (1, 2, 3)]
         for j in range(5)
     ]
-    assert widths == [[16, 32, 64], [13, 26, 51], [10, 19, 38], [6, 13, 26], [3, 6, 13]]
+    assert widths == [[16, 32, 64], [12, 25, 51], [9, 19, 38], [6, 12, 25], [3, 6, 12]]
     adapters = {name: p['kernel'].shape for name, p in params['aggregator'].items()}
     assert adapters == {
         f'member{j}_stage{s}': (1, 1, widths[j][s - 1], widths[0][s - 1])

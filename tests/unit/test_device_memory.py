@@ -16,6 +16,14 @@ def test_memory_prints_the_parts_that_are_not_zero():
     )
 
 
+def test_memory_of_an_evaluation_takes_the_place_of_a_steps():
+    parts = Memory(2 * 10**9, 0, 10**6, 0, 9 * 10**9, 10**10, evaluation=8 * 10**9)
+    assert parts.needed == 11_001_000_000
+    assert ', temporaries 9.00 GB, or evaluation 8.00 GB) of 10.00 GB' in str(parts)
+    larger = Memory(2 * 10**9, 0, 10**6, 0, 10**9, 10**10, evaluation=9 * 10**9)
+    assert (larger.needed, larger.is_too_large) == (11 * 10**9, True)
+
+
 def test_memory_that_is_unknown_is_reported_and_never_too_large():
     assert not Memory(10**9, 0, 0, 10**6, 0, None).is_too_large
     unmeasured = Memory(10**9, 0, 10**6, 10**7, None, 2 * 10**9)

@@ -9,6 +9,7 @@ from training_fixtures import small_config
 
 from one_jax import config as config_lib
 from one_jax import data
+from one_jax.data import resident
 from one_jax.runtime import memory, parallel
 from one_jax.training import feed
 from one_jax.training.experiment import Experiment
@@ -75,6 +76,59 @@ def test_feed_calls_end_at_records_and_hold_the_batches_in_order(
         train = source.examples('train')
         np.testing.assert_array_equal(np.concatenate(labels), train.labels[np.stack(order)])
         np.testing.assert_array_equal(np.concatenate(images), train.images[np.stack(order)])
+
+
+@pytest.mark.parametrize(
+    ('num_steps', 'first_step', 'ends'),
+    # Of three steps an epoch, the third has 8 of the 40 images.
+    [(1, 1, [2, 3, 4, 5, 6]), (2, 0, [2, 3, 5, 6]), (2, 1, [2, 3, 5, 6]), (2, 5, [6])],
+)
+@pytest.mark.parametrize('on_device', [False, True])
+def test_feed_smaller_last_batch_is_a_call_of_its_own(
+    source, num_steps, first_step, ends, on_device
+):
+    batches = source.train_batches(16, 0, drop_last=False)
+    assert (batches.steps_per_epoch, batches.last_size) == (3, 8)
+    experiment = dataclasses.replace(make_experiment(), steps_per_epoch=3, total_steps=6)
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    train = source.examples('train')
+    calls = feed.Feed(
+        experiment, batches, mesh, num_steps, first_step, train if on_device else None
+    )
+    before, found = first_step, []
+    for step, call in calls:
+        is_last = step % 3 == 0
+        assert call['mask'].shape == ((1, 8) if is_last else (num_steps, 16))
+        assert ('count' in call) == (num_steps > 1 and not is_last)
+        if 'count' in call:
+            assert int(call['count']) == step - before
+        seen = np.asarray(call['index' if on_device else 'label'])[: step - before]
+        for number, values in enumerate(seen, start=before):
+            order = resident.epoch_permutation(0, number // 3, 40)
+            expected = order[16 * (number % 3) :][:16]
+            expected = expected if on_device else train.labels[expected]
+            np.testing.assert_array_equal(values, expected)
+        np.testing.assert_array_equal(call['mask'][: step - before], 1)
+        before = step
+        found.append(step)
+    assert found == ends
+
+
+def test_batches_processes_share_a_smaller_last_batch(source, monkeypatch):
+    whole = source.train_batches(16, 0, drop_last=False)
+    expected = [whole.indices(step) for step in range(6)]
+    assert sorted(np.concatenate(expected[:3])) == list(range(40))
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    parts = []
+    for process in range(2):
+        monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
+        batches = source.train_batches(16, 0, drop_last=False)
+        parts.append([batches.batch(step) for step in range(6)])
+        indices = [batches.indices(step) for step in range(6)]
+        assert [len(x) for x in indices] == [8, 8, 4] * 2
+        for step, part in enumerate(indices):
+            np.testing.assert_array_equal(part, np.split(expected[step], 2)[process])
+    assert parts[1][2]['mask'].tolist() == [1] * 4
 
 
 def test_feed_by_default_keeps_images_on_the_host_of_a_cpu(source):

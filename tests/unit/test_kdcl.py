@@ -166,7 +166,7 @@ def test_linear_weights_of_one_hot_and_extreme_logits():
 
 def test_state_from_validation_is_the_closed_form():
     """Two batches, one with padding, against the covariance of all errors."""
-    method = create('kdcl', teacher='general', **{'model.num_branches': 3})
+    method = create('kdcl', teacher='general', ridge=0.05, **{'model.num_branches': 3})
     rng = np.random.default_rng(1)
     logits, labels = 3 * rng.normal(size=(3, 10, CLASSES)), rng.integers(0, CLASSES, 10)
     second = np.concatenate([logits[:, 6:], np.full((3, 2, CLASSES), np.nan)], axis=1)
@@ -180,23 +180,31 @@ def test_state_from_validation_is_the_closed_form():
 
     errors = (softmax(logits) - np.eye(CLASSES)[labels]).reshape(3, -1)
     covariance = errors @ errors.T / 10
-    covariance += kdcl.RIDGE * np.trace(covariance) / 3 * np.eye(3)
+    covariance += 0.05 * np.trace(covariance) / 3 * np.eye(3)
     inverse = np.linalg.inv(covariance)
     np.testing.assert_allclose(state['weights'], inverse.sum(axis=1) / inverse.sum(), rtol=1e-4)
     np.testing.assert_allclose(method.initial_state()['weights'], 1 / 3, rtol=1e-6)
 
 
 def test_general_weights_of_equal_faultless_and_independent_networks():
-    np.testing.assert_allclose(kdcl.general_weights(np.ones((3, 3))), 1 / 3, rtol=1e-6)
-    np.testing.assert_allclose(kdcl.general_weights(np.zeros((2, 2))), 1 / 2)
+    for ridge in (1e-9, 0.01, 1.0):
+        np.testing.assert_allclose(kdcl.general_weights(np.ones((3, 3)), ridge), 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(kdcl.general_weights(np.zeros((2, 2)), 0.01), 1 / 2)
     # Independent errors: inversely proportional to their size.
-    weights = kdcl.general_weights(np.diag([1.0, 3.0]))
-    np.testing.assert_allclose(weights, [3.02 / 4.04, 1.02 / 4.04], rtol=1e-6)
+    for ridge in (0.01, 0.5):
+        weights = kdcl.general_weights(np.diag([1.0, 3.0]), ridge)
+        added = 2 * ridge
+        expected = np.array([3 + added, 1 + added]) / (4 + 2 * added)
+        np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    assert create('kdcl').ridge == 0.01
 
 
 def test_field_with_a_wrong_value_is_an_error():
     with pytest.raises(ConfigError, match=r"method.teacher='best' is not allowed: .*'min_logit'"):
         create('kdcl', teacher='best')
+    for ridge in (0.0, -0.1, 2.0, float('nan')):
+        with pytest.raises(ConfigError, match=r'method.ridge=.* is not allowed'):
+            create('kdcl', ridge=ridge)
     with pytest.raises(ConfigError, match=r'model.share_stages=1 is not allowed'):
         create('kdcl', **{'model.share_stages': 1})
     assert create('kdcl').augments_branches

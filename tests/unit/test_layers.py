@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import lax
 from network_fixtures import feature_groups
 
@@ -124,3 +125,66 @@ def test_batch_norm_has_pytorchs_momentum_and_epsilon():
     np.testing.assert_allclose(updated['batch_stats']['mean'], [0.1, 2e-4], rtol=1e-5)
     np.testing.assert_allclose(updated['batch_stats']['var'], [1.0, 0.9 + 1e-7], rtol=1e-5)
     np.testing.assert_allclose(y[1], [1 / (1 + 1e-5) ** 0.5, 1e-3 / (1.1e-5) ** 0.5], rtol=1e-4)
+
+
+def normalise(norm, mean, x):
+    """Returns the output and the new statistics of a training step with this running mean."""
+    statistics = {'mean': jnp.float32(mean), 'var': jnp.ones(x.shape[-1])}
+    variables = {'params': norm.init(jax.random.key(0), x)['params'], 'batch_stats': statistics}
+    return norm.apply(variables, x, mutable=['batch_stats'])
+
+
+@pytest.mark.parametrize(
+    ('ratio', 'distance', 'error'),
+    # A running mean of 0, as at the start; and near the batch's, as later.
+    [(10, 10, 1e-4), (1000, 100, 2e-2), (1000, 1, 1e-5), (3000, 1, 1e-5)],
+)
+def test_batch_norm_of_a_large_mean_near_the_running_mean_is_accurate(ratio, distance, error):
+    x = (np.random.default_rng(0).normal(size=(32, 8, 8, 4)) + ratio).astype(np.float32)
+    exact = x.astype(np.float64)
+    mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
+    norm = layers.make_norm(jnp.float32, axis_name=None, train=True)()
+    y, updated = normalise(norm, mean - distance, jnp.asarray(x))
+    assert np.abs(y - (exact - mean) / np.sqrt(var + 1e-5)).max() < error
+    statistics = updated['batch_stats']
+    np.testing.assert_allclose(statistics['mean'], mean - 0.9 * distance, rtol=1e-6)
+    np.testing.assert_allclose(statistics['var'], 0.9 + 0.1 * var, rtol=error)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_batch_norm_and_its_gradients_are_those_of_flax(dtype):
+    ours = layers.make_norm(dtype, axis_name=None, train=True)()
+    theirs = nn.BatchNorm(False, momentum=0.9, epsilon=1e-5, dtype=dtype)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = (1 + jax.random.normal(keys[0], (16, 4, 4, 3))).astype(dtype)
+    params = {'scale': jax.random.normal(keys[1], (3,)), 'bias': jax.random.normal(keys[2], (3,))}
+    weights = jax.random.normal(keys[3], x.shape)
+    statistics = {'mean': jnp.arange(3.0), 'var': jnp.ones(3)}
+
+    def loss(norm, params, x):
+        variables = {'params': params, 'batch_stats': statistics}
+        y, updated = norm.apply(variables, x, mutable=['batch_stats'])
+        assert y.dtype == dtype
+        return (y * weights).sum(), (y, updated)
+
+    def outcome(norm):
+        return jax.value_and_grad(functools.partial(loss, norm), (0, 1), has_aux=True)(params, x)
+
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    same = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=10 * tolerance)
+    jax.tree.map(same, outcome(ours), outcome(theirs))
+
+
+def test_synchronised_batch_norm_is_that_of_the_whole_batch_with_one_all_reduce():
+    x = 100 + jax.random.normal(jax.random.key(0), (4, 6, 3))
+    synchronised = layers.make_norm(jnp.float32, axis_name='parts', train=True)()
+    mean = np.full(3, 99.0)
+    parts = jax.vmap(functools.partial(normalise, synchronised, mean), axis_name='parts')
+    y, updated = parts(x)
+    whole = layers.make_norm(jnp.float32, axis_name=None, train=True)()
+    expected_y, expected = normalise(whole, mean, x.reshape(24, 3))
+    np.testing.assert_allclose(y.reshape(24, 3), expected_y, rtol=1e-4, atol=1e-4)
+    for name, values in expected['batch_stats'].items():
+        np.testing.assert_allclose(updated['batch_stats'][name], [values] * 4, rtol=1e-4)
+    step = jax.make_jaxpr(functools.partial(normalise, synchronised, mean), axis_env=[('parts', 4)])
+    assert str(step(x[0])).count('psum') == 1

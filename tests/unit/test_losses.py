@@ -128,6 +128,11 @@ def test_kl_divergence_closed_forms():
     temperature = 2.5
     divergence = losses.kl_divergence(temperature * np.log(target), np.zeros((1, 3)), temperature)
     np.testing.assert_allclose(divergence, temperature**2 * expected, rtol=1e-5)
+    # An epsilon is added to p, without a normalisation of the sum.
+    added = target + 1e-3
+    expected = (added * np.log(3 * added)).sum()
+    divergence = losses.kl_divergence(np.log(target), np.zeros((1, 3)), 1.0, epsilon=1e-3)
+    np.testing.assert_allclose(divergence, expected, rtol=1e-5)
     # The divergence is not symmetric.
     backwards = losses.kl_divergence(np.zeros((1, 3)), temperature * np.log(target), temperature)
     expected = -np.log(3) - np.mean(np.log(target))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from one_jax import config as config_lib
 from one_jax import losses
 from one_jax.data import augment
 
@@ -46,6 +47,20 @@ def test_cutmix_pastes_a_box_whose_area_is_the_ratio():
         ratios.append(float(ratio))
     assert min(ratios) < 0.4
     assert max(ratios) > 0.9
+
+
+@pytest.mark.parametrize('alpha', [1e-12, 1e-3, 1.0, 999.0])
+def test_mix_at_the_ends_of_alpha_is_finite(alpha):
+    """The range in `config.RANGES`; Beta's standard deviation is (8 alpha + 4) ** -0.5."""
+    least, bound = config_lib.RANGES['data.mixup_alpha']
+    assert (least, bound) == config_lib.RANGES['data.cutmix_alpha'] == (0, 1000)
+    images, partners = jnp.ones((1, 4, 4, 1)), jnp.zeros((1, 4, 4, 1))
+    keys = jax.random.split(jax.random.key(0), 2000)
+    for alphas in ((alpha, 0.0), (0.0, alpha)):
+        mixed, ratios = jax.vmap(lambda key: augment.mix(key, images, partners, *alphas))(keys)  # noqa: B023
+        assert np.isfinite(mixed).all()
+        if alphas[0]:
+            assert np.std(ratios) == pytest.approx((8 * alpha + 4) ** -0.5, rel=0.1)
 
 
 def test_draw_box_inside_the_image_has_the_drawn_area():

@@ -7,6 +7,9 @@ import optax
 import pytest
 
 from one_jax import config as config_lib
+from one_jax.data.table import DATASETS
+from one_jax.errors import ConfigError
+from one_jax.training.experiment import make_experiment
 from one_jax.training.optimizer import make_optimizer, make_schedule
 
 
@@ -64,6 +67,27 @@ def test_schedule_with_reference_batch_size_scales_with_the_batch(schedule):
     np.testing.assert_allclose(rates_of(512, reference=128), 4 * unscaled, rtol=1e-6)
     np.testing.assert_allclose(rates_of(32, reference=128), unscaled / 4, rtol=1e-6)
     np.testing.assert_array_equal(rates_of(128, reference=128), unscaled)
+
+
+@pytest.mark.parametrize('epochs', [0.01, 2.5, 3.0])
+def test_warmup_without_a_step_or_as_long_as_the_run_is_an_error(epochs):
+    """Of 25 steps in epochs of 10."""
+    spec = DATASETS['cifar10']
+    config = config_lib.default_config()
+    config.update_from_flattened_dict(
+        {'model.name': 'resnet8', 'train.steps': 25, 'optimizer.warmup_epochs': 2.4}
+    )
+    make_experiment(config_lib.resolve(config), spec, (), 10)
+    config.optimizer.warmup_epochs = epochs
+    with pytest.raises(ConfigError, match=r'optimizer\.warmup_epochs=.* below the 25 steps'):
+        make_experiment(config_lib.resolve(config), spec, (), 10)
+
+
+def test_epochs_whose_steps_int32_cannot_count_are_an_error():
+    config = config_lib.default_config()
+    config.train.epochs = 99_999
+    with pytest.raises(ConfigError, match=r'train\.epochs=99999 .* an epoch has 100000'):
+        make_experiment(config_lib.resolve(config), DATASETS['cifar10'], (), 100_000)
 
 
 def test_optimizer_is_pytorchs_sgd_with_coupled_weight_decay():

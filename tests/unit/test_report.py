@@ -371,3 +371,73 @@ def test_report_of_an_earlier_versions_workdir_groups_it_with_the_new(tmp_path):
         for seed, (name, fields) in enumerate({'old': old, 'new': new}.items())
     ]
     assert 'n=2' in tables.runs_table(runs.read_runs(directories))
+
+
+# Fields of a result.json, values that no result has, and words of the error.
+BAD_FIELDS = [
+    ('seed', 'x', 'a number, or null'),
+    ('seed', [], 'a number, or null'),
+    ('seed', True, 'a number, or null'),
+    ('name', 3, 'text'),
+    ('method', None, 'text'),
+    ('network', ['resnet8'], 'text'),
+    ('dataset', {}, 'text'),
+    ('deployed', 1, 'text'),
+    ('parameters', '77k', 'a number, or null'),
+    ('flops', 10**400, 'a number, or null'),
+    ('seconds', [1], 'a number, or null'),
+    ('branch_top1', 97.0, 'a list of numbers'),
+    ('branch_top1', [97.0, 'x', 97.7], 'a list of numbers'),
+    ('branch_top1', [97.0], 'as many in each list'),
+    ('branch_nll', [[0.1]], 'a list of numbers'),
+    ('teacher_top1', '97', 'a number, or null'),
+    ('ensemble_ece', {'a': 1}, 'a number, or null'),
+    ('branch_network', ['a', 'b', 'c'], 'as many in each list'),
+    ('branch_network', [1, 2, 3], 'a list of names'),
+    ('teachers', ['x'], 'a list of objects'),
+]
+
+
+@pytest.mark.parametrize(('field', 'value', 'words'), BAD_FIELDS)
+def test_read_run_with_a_result_of_another_kind_is_one_line(tmp_path, field, value, words):
+    (tmp_path / 'result.json').write_text(json.dumps(make_result() | {field: value}))
+    with pytest.raises(UserError, match=words) as error:
+        report.main([str(tmp_path)])
+    text = str(error.value)
+    assert f"result.json' is damaged: {'branches' if 'each' in words else field}=" in text
+    assert text.isprintable()
+    assert len(text) < 600
+
+
+@pytest.mark.parametrize('field', ['seed', 'method.name', 'model.name', 'data.name'])
+def test_read_run_with_a_config_of_another_kind_is_one_line(tmp_path, field):
+    directory = make_workdir(tmp_path, make_result(), **{field: [1]})
+    with pytest.raises(UserError, match=rf"config\.json' is damaged: {field}=\[1\]"):
+        report.main([str(directory)])
+
+
+def test_report_of_diverged_runs_and_control_characters_is_printed(tmp_path, capsys):
+    """Measures of a run that diverged are null; a name must not change the terminal."""
+    for seed in (0, 1):
+        directory = tmp_path / f'e\x1b[31mvil\n{seed}'
+        directory.mkdir()
+        result = make_result(seed=seed, branch_top1=[None, 97.0, None], name=directory.name)
+        (directory / 'result.json').write_text(json.dumps(result))
+    report.main([*map(str, tmp_path.iterdir()), f'--output={tmp_path / "report"}'])
+    text = capsys.readouterr().out
+    assert '\x1b' not in text
+    assert 'e\\x1b[31mvil\\n0' in text
+    assert 'n=2' in text
+
+
+def test_run_figure_of_odd_records_leaves_out_what_cannot_be_drawn():
+    """Another number of branches, no finite value at the end, an epoch below zero."""
+    found = make_records()
+    found[0]['branch_cross_entropy'] = [1.0]
+    found[-1]['epoch'] = -1.0
+    for record in found[2:]:
+        for name in ('branch_top1', 'teacher_top1', 'ensemble_top1'):
+            if name in record:
+                record[name] = [None] * 3 if name == 'branch_top1' else None
+    _, losses, _ = curves.run_figure(found).axes
+    assert len(lines_of(losses)['branch cross-entropy'][0]) == 3

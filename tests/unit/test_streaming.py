@@ -521,3 +521,37 @@ def test_stream_of_tfrecords_with_chosen_augmentation_has_the_pixels_of_memory(t
     assert_equal(*([batch] for batch in batches))
     batch = next(stream.train_batches(40, SEED).iterate(0))
     assert rows(data.Examples(batch['image'], batch['label'])) == rows(memory.examples('train'))
+
+
+def test_stream_of_tfrecords_with_subsets_has_the_images_of_memory(tmp_path, monkeypatch, capsys):
+    """From several files, of which the subset has some records each."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    write_set(tmp_path, 'cifar10', cifar10_splits(), file_format='tfrecord', num_shards=3)
+    subset = {'validation_fraction': 0.25, 'examples_per_class': 2}
+    config = {'data_dir': str(tmp_path), 'augment': 'none', **subset}
+    memory = data.open(data_config(**config))
+    capsys.readouterr()
+    stream = data.open(data_config(stream=True, image_size=32, **config))
+    assert 'reading all labels of train, once' in capsys.readouterr().out
+    assert stream.evaluation_splits == memory.evaluation_splits == ('validation', 'test')
+    assert len(stream.encoded['train'].shard_lengths) == 3
+    batches = (next(source.evaluation_batches('validation', 12)) for source in (memory, stream))
+    assert_equal(*([batch] for batch in batches))
+    batch = next(stream.train_batches(20, SEED).iterate(0))
+    assert rows(data.Examples(batch['image'], batch['label'])) == rows(memory.examples('train'))
+    # The labels are known by then.
+    monkeypatch.setattr(TFRecords, '_read_labels', None)
+    again = data.open(data_config(stream=True, image_size=32, **config))
+    batches = (source.train_batches(20, SEED).iterate(0) for source in (stream, again))
+    assert_equal(*([next(batch)] for batch in batches))
+
+
+def test_labels_of_tfrecords_in_a_damaged_file_are_an_error(tmp_path):
+    images = [save(scene(index, 32, 32)) for index in range(6)]
+    folder = write_imagenet(tmp_path, images, range(6), num_shards=1).data_path
+    (path,) = folder.glob('*train*')
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-60] + bytes([whole[-60] ^ 1]) + whole[-59:])
+    config = data_config(name='imagenet2012', data_dir=str(tmp_path), examples_per_class=1)
+    with pytest.raises(UserError, match=r'train\.tfrecord-00000-of-00001 cannot be read'):
+        data.open(config)

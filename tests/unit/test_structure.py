@@ -30,7 +30,7 @@ ALLOWED = {
         *FOOT,
         *('config', 'data', 'losses', 'methods', 'metrics', 'models', 'reporting', 'students'),
     },
-    'train': {*FOOT, 'config', 'data', 'training'},
+    'train': {*FOOT, 'config', 'data', 'reporting', 'training'},
 }
 COMMANDS = {
     *('analyze', 'evaluate', 'export', 'import_weights', 'main', 'plan', 'predict'),

@@ -1,6 +1,8 @@
 """Reading a student folder: the logits of uint8 images, and one clear line for a damaged one."""
 
+import fcntl
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,9 +10,11 @@ import safetensors.numpy
 from student_fixtures import generated_config, make_ensemble, write_student
 
 from one_jax.errors import UserError
+from one_jax.runtime import files
 from one_jax.students import config as student_config
+from one_jax.students import folder as folder_lib
 from one_jax.students import weights_file
-from one_jax.students.student import Student, load_student
+from one_jax.students.student import CONFIG, WEIGHTS, Student, load_student
 
 
 @pytest.fixture
@@ -150,7 +154,7 @@ DAMAGE = {
     'not JSON': (write('config.json', b'{"network":'), 'not JSON'),
     'endless brackets': (write('config.json', b'[' * 100_000), "config.json' "),
     'another config': (write('config.json', b'{"model": 3}'), "describes no student: no 'network'"),
-    'a list': (write('config.json', b'[1]'), "config='list' is not allowed"),
+    'a list': (write('config.json', b'[1]'), "config.json' is damaged: not an object with fields"),
     'type of network': (set_fields(network=3), 'network=3 is not allowed'),
     'unknown network': (set_fields(network='../vgg16'), "model.name='../vgg16' is not allowed"),
     'other classes': (set_fields(**FIVE), 'fc.bias has shape (7,) and not (5,)'),
@@ -192,3 +196,87 @@ def test_network_of_an_unknown_form_is_an_error():
     config = {'network': 'resnet8', 'num_classes': 7, 'batch_norm': 'frozen'}
     with pytest.raises(UserError, match="batch_norm='frozen' is not allowed: one of 'separate'"):
         student_config.build_network(config)
+
+
+def test_folder_obeys_the_umask_and_removes_what_a_killed_export_left(tmp_path):
+    output = tmp_path / 'student'
+    killed, live, new = (files.temporary_beside(output) for _ in range(3))
+    other = files.temporary_beside(tmp_path / 'another')
+    for path in (killed, live, other):
+        path.mkdir()
+        (path / WEIGHTS).touch()
+    new.mkdir()  # Another process is about to lock it.
+    handle = os.open(live, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    before = os.umask(0o027)
+    try:
+        with folder_lib.whole_or_not_at_all(output) as temporary:
+            files.write_json(temporary / CONFIG, {})
+            assert set(tmp_path.iterdir()) == {live, new, other, temporary}
+    finally:
+        os.umask(before)
+        os.close(handle)
+    assert set(tmp_path.iterdir()) == {live, new, other, output}
+    assert output.stat().st_mode & 0o777 == 0o750
+    assert (output / CONFIG).stat().st_mode & 0o777 == 0o640
+
+
+def fill(output, write):
+    with folder_lib.whole_or_not_at_all(output) as folder:
+        write(folder)
+
+
+def test_folder_of_two_exports_at_once_is_the_first_ones(tmp_path):
+    output = tmp_path / 'student'
+
+    def export_meanwhile(_):
+        fill(output, lambda folder: (folder / 'first').touch())
+
+    with pytest.raises(UserError, match='a new folder: nothing is overwritten'):
+        fill(output, export_meanwhile)
+    assert [path.name for path in tmp_path.rglob('*')] == ['student', 'first']
+
+
+def test_folder_block_that_fails_leaves_nothing(tmp_path):
+    def fail(folder):
+        (folder / 'file').touch()
+        raise OSError(28, 'No space left on device')
+
+    with pytest.raises(UserError, match='No space left on device'):
+        fill(tmp_path / 'student', fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD_FIELDS = [
+    ('network', None, 'the name of a network'),
+    ('network', [], 'the name of a network'),
+    ('num_classes', 7.0, 'a whole number from 1'),
+    ('num_classes', 10**400, 'a whole number from 1'),
+    ('input_size', [16384, 16384], 'whole numbers from 1 to 4,096'),
+    ('input_size', [[8], [8]], 'whole numbers from 1 to 4,096'),
+    ('mean', [0, 0, '0'], 'three numbers'),
+    ('std', [1, 1, 1e-40], 'three numbers above 0'),
+    ('label_names', 'abcdefg', 'a list of names'),
+    ('label_names', [[]] * 7, 'a list of names'),
+    ('data', {'name': []}, 'the fields'),
+    ('data', {'root': '/'}, 'the fields'),
+    ('metric', 'x', 'an object with fields, or null'),
+    ('metric', [1], 'an object with fields, or null'),
+    ('method', {}, 'text, or null'),
+    ('seed', '0', 'a whole number, or null'),
+    ('ensemble', [], 'an object with fields'),
+    ('weights_sha256', 5, 'text'),
+    ('batch_norm', {}, 'one of'),
+]
+
+
+@pytest.mark.parametrize(('field', 'value', 'words'), BAD_FIELDS)
+def test_config_with_a_value_of_another_kind_is_one_line(folder, field, value, words):
+    content = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(content | {field: value}))
+    with pytest.raises(UserError, match=words) as error:
+        load_student(folder)
+    text = str(error.value)
+    assert f"config.json' describes no student: {field}=" in text
+    assert text.isprintable()
+    assert len(text) < 1000

@@ -17,7 +17,8 @@ SPEC = DATASETS['cifar10']
 
 def make_config(folders, **fields):
     fields = {'method.teachers': ','.join(map(str, folders)), **fields}
-    kd = {'method.name': 'kd', 'model.num_branches': None, 'data.name': 'cifar10'}
+    kd = {'method.name': 'kd', 'model.num_branches': None}
+    kd |= {'data.name': 'cifar10', 'data.image_size': 0}
     return small_config(**{**kd, **fields})
 
 

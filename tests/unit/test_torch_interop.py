@@ -102,6 +102,24 @@ def test_state_dict_round_trip_is_exact(case):
     chex.assert_trees_all_equal(jax.device_get(back), variables)
 
 
+def test_squeeze_excitation_is_of_pointwise_convolutions_as_in_timm():
+    """The linear layers of folders that earlier versions wrote are read too."""
+    variables = random_variables(make_ensemble(['seresnet10_tiny'] * 2, 1), (32, 32, 3))
+    state_dict = torch_interop.to_state_dict(variables, 2)
+    for name in ('layer1.0', 'branches.1.layer2.0'):
+        width = state_dict[f'{name}.conv2.weight'].shape[0]
+        assert state_dict[f'{name}.se.fc1.weight'].shape == (width // 4, width, 1, 1)
+        assert state_dict[f'{name}.se.fc2.weight'].shape == (width, width // 4, 1, 1)
+        assert state_dict[f'{name}.se.fc1.bias'].shape == (width // 4,)
+    earlier = {
+        name: array[..., 0, 0] if '.se.' in name and array.ndim == 4 else array
+        for name, array in state_dict.items()
+    }
+    for stored in (state_dict, earlier):
+        back = torch_interop.from_state_dict(stored, variables, 2)
+        chex.assert_trees_all_equal(jax.device_get(back), variables)
+
+
 def test_one_checkpoint_round_trip_is_exact(tmp_path):
     """Through a file with the prefix of DataParallel."""
     variables = random_variables(make_one(11))

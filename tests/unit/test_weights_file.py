@@ -1,8 +1,10 @@
 """Files of weights trained elsewhere: what is read, what is an error, and that no code runs."""
 
+import collections
 import io
 import os
 import pickle
+import struct
 import sys
 import types
 
@@ -60,7 +62,7 @@ IMPOSSIBLE = {
     # A number that only float64 can hold.
     'NaN, infinity or numbers above 1e20 in scale': {'scale': np.array([1e300])},
     'negative variances in bn.running_var': {'bn.running_var': np.array([-1e-3])},
-    'complex64 in place of real numbers in w': {'w': np.array([1j], np.complex64)},
+    'complex64 in place of floating-point numbers in w': {'w': np.array([1j], np.complex64)},
 }
 
 
@@ -174,3 +176,127 @@ def test_pytorch_files_without_a_state_dict_are_one_clear_line(tmp_path):
             weights_file.read_state_dict(tmp_path / 'weights.pth')
         assert words in str(raised.value)
         assert '\n' not in str(raised.value)
+
+
+class Python2Pickler(pickle._Pickler):
+    """Pickles as Python 2.7 and PyTorch 0.3 do, by their sources: nothing here can run them.
+
+    Strings are bytes, larger integers text, and an OrderedDict is made of a list of pairs. A
+    FloatTensor on a GPU is `_rebuild_tensor` of its storage, whose numbers follow the pickles.
+    """
+
+    def __init__(self, file, storages):
+        super().__init__(file, 2)
+        self.storages = storages
+
+    def save_string(self, value):
+        data = value.encode('latin-1')
+        short = len(data) < 256
+        self.write(b'U' + bytes([len(data)]) if short else b'T' + struct.pack('<i', len(data)))
+        self.write(data)
+        self.memoize(value)
+
+    def save_integer(self, value):
+        if abs(value) < 2**31 or value > 2**63:
+            self.save_long(value)
+        else:
+            self.write(b'I%d\n' % value)
+
+    def save_ordered(self, value):
+        pairs = [list(pair) for pair in value.items()]
+        self.save_reduce(collections.OrderedDict, (pairs,), obj=value)
+
+    def reducer_override(self, value):
+        torch = sys.modules['torch']
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        strides, storage = value.stride(), Storage(value, f'{94870000000000 + len(self.storages)}')
+        self.storages.append(storage)
+        return torch._utils._rebuild_tensor, (storage, 0, tuple(value.shape), strides)
+
+    def persistent_id(self, value):
+        if not isinstance(value, Storage):
+            return None
+        return (
+            'storage',
+            Global('torch.cuda', 'FloatStorage'),
+            value.key,
+            'cuda:0',
+            value.size,
+            None,
+        )
+
+
+class Storage:
+    """The numbers of a tensor."""
+
+    def __init__(self, tensor, key):
+        self.values, self.key, self.size = tensor.numpy(), key, tensor.numel()
+
+
+class Global:
+    """Is pickled as a class of another module."""
+
+    def __init__(self, module, name):
+        self.name = f'c{module}\n{name}\n'.encode()
+
+
+Python2Pickler.dispatch = {
+    **pickle._Pickler.dispatch,
+    str: Python2Pickler.save_string,
+    int: Python2Pickler.save_integer,
+    collections.OrderedDict: Python2Pickler.save_ordered,
+    Global: lambda pickler, value: pickler.write(value.name),
+}
+
+
+def saved_by_python2(content):
+    """Returns what `torch.save` of PyTorch 0.3 writes with Python 2.7."""
+    file, storages = io.BytesIO(), []
+    types = {'short': 2, 'int': 4, 'long': 4}
+    system = {'protocol_version': 1001, 'little_endian': True, 'type_sizes': types}
+    for part in (0x1950A86A20F9469CFC6C, 1001, system, content):
+        Python2Pickler(file, storages).dump(part)
+    storages.sort(key=lambda storage: storage.key)
+    Python2Pickler(file, []).dump([storage.key for storage in storages])
+    for storage in storages:
+        file.write(struct.pack('<q', storage.size) + storage.values.astype('<f4').tobytes())
+    return file.getvalue()
+
+
+def test_checkpoint_of_python2_with_its_optimiser_is_read(tmp_path):
+    torch = pytest.importorskip('torch')
+    weights = collections.OrderedDict(
+        {'module.conv.weight': torch.arange(6.0).reshape(2, 3), 'module.bn.bias': torch.ones(2)}
+    )
+    # Each parameter is named by its address.
+    addresses = [140_234_567_890_123, 140_234_567_890_456]
+    content = {
+        'epoch': 300,
+        'arch': 'one_resnet32',
+        'state_dict': weights,
+        'best_prec1': 74.5,
+        'optimizer': {
+            'state': {address: {'momentum_buffer': torch.ones(2)} for address in addresses},
+            'param_groups': [{'lr': 0.001, 'nesterov': False, 'params': addresses}],
+        },
+        'note': 300 * 'caf\u00e9 ',
+    }
+    path = tmp_path / 'model_best.pth.tar'
+    path.write_bytes(saved_by_python2(content))
+    read = weights_file.read_state_dict(path)
+    assert read.keys() == {'conv.weight', 'bn.bias'}
+    np.testing.assert_array_equal(read['conv.weight'], [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(read['bn.bias'], [1, 1])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match='is damaged'):
+        weights_file.read_state_dict(path)
+
+
+def test_code_in_a_file_of_python2_is_not_run(tmp_path):
+    pytest.importorskip('torch')
+    content = {'optimizer': [140_234_567_890_123], 'state_dict': Evil(tmp_path / 'evil')}
+    (tmp_path / 'weights.pth').write_bytes(saved_by_python2(content))
+    with pytest.raises(UserError, match=r'mkdir\), and code in a file is never run'):
+        weights_file.read_state_dict(tmp_path / 'weights.pth')
+    assert not (tmp_path / 'evil').exists()

@@ -5,12 +5,14 @@ import json
 import os
 import types
 
+import jax
 import pytest
 from training_fixtures import small_config, snapshot
 
 from one_jax import config as config_lib
-from one_jax.errors import UserError
-from one_jax.runtime import files
+from one_jax import train
+from one_jax.errors import ConfigError, UserError
+from one_jax.runtime import files, parallel
 from one_jax.training import workdir
 from one_jax.training.run import Run
 
@@ -193,6 +195,123 @@ def test_workdir_of_an_earlier_version_is_accepted_with_a_note(tmp_path, config,
     assert 'has no data.json, as in earlier versions' in capsys.readouterr().out
 
 
+MALFORMED = {
+    'empty': b'',
+    'a list': b'[1, 2]',
+    'null': b'null',
+    'half': b'{"train": "40 im',
+    'not UTF-8': b'{"train": "\xff"}',
+    'NaN': b'{"train": NaN}',
+    'infinity': b'{"train": 1e999}',
+    'a name twice': b'{"train": 1, "train": 2}',
+    'a number of 5,000 digits': b'{"train": ' + 5000 * b'1' + b'}',
+    '100,000 lists': 100_000 * b'[',
+    '100 lists': b'{"train": ' + 100 * b'[' + 100 * b']' + b'}',
+}
+
+
+def assert_one_line(error, path):
+    """Whether an error is one short line that names the file."""
+    text = str(error.value)
+    assert f'{str(path)!r} is damaged: ' in text
+    assert text.isprintable()
+    assert len(text) < 1000
+
+
+@pytest.mark.parametrize('kind', MALFORMED)
+def test_read_json_malformed_is_one_line(tmp_path, kind):
+    path = tmp_path / 'a.json'
+    path.write_bytes(MALFORMED[kind])
+    with pytest.raises(UserError) as error:
+        files.read_json(path)
+    assert_one_line(error, path)
+
+
+@pytest.mark.parametrize('make', [os.mkdir, os.mkfifo, lambda path: os.symlink('/dev/zero', path)])
+def test_read_json_of_no_regular_file_is_an_error(tmp_path, make):
+    make(tmp_path / 'a.json')
+    with pytest.raises(UserError, match=r"a\.json' cannot be read: not a regular file"):
+        files.read_json(tmp_path / 'a.json')
+
+
+@pytest.mark.parametrize('name', ['missing', 'x' * 300, 'file/below'])
+def test_read_json_of_no_file_is_an_error(tmp_path, name):
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match='cannot be read: '):
+        files.read_json(tmp_path / name)
+
+
+@pytest.mark.parametrize('umask', [0o022, 0o077, 0o007])
+def test_write_obeys_the_umask_and_leaves_nothing_else(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        files.write_json(tmp_path / 'a.json', {'x': float('nan')})
+    finally:
+        os.umask(before)
+    assert (tmp_path / 'a.json').stat().st_mode & 0o777 == 0o666 & ~umask
+    assert files.read_json(tmp_path / 'a.json') == {'x': None}
+    assert [path.name for path in tmp_path.iterdir()] == ['a.json']
+
+
+# Dotted fields of a config.json, values that no config has, and words of the error.
+BAD_FIELDS = [
+    ('seed', None, 'a whole number'),
+    ('seed', True, 'a whole number'),
+    ('seed', 0.5, 'a whole number'),
+    ('seed', {}, 'a whole number'),
+    ('seed', {'x': 1}, 'do not fit together'),
+    ('seed', 10**400, 'a whole number'),
+    ('model', 3, 'an object with fields'),
+    ('model', [], 'an object with fields'),
+    ('model.name', 3, 'text'),
+    ('model.name', 10_000 * 'x', 'one of'),
+    ('model.name', 'a\x1b[31m\nb', 'one of'),
+    ('model.num_branches', '3', 'a whole number, or null'),
+    ('method.name', None, 'text'),
+    ('method.temperature', [[[1]]], 'a number, or null'),
+    ('method.temperature', -1.0, 'at least 0.01'),
+    ('data.stream', 1, 'true or false'),
+    ('data.batch_size', '128', 'a whole number'),
+    ('optimizer.learning_rate', '', 'a number'),
+    ('optimizer.milestones', 0.5, 'a list of numbers'),
+    ('optimizer.milestones', ['a'], 'a list of numbers'),
+]
+
+
+@pytest.mark.parametrize(('field', 'value', 'words'), BAD_FIELDS)
+def test_config_with_a_value_of_another_kind_is_one_line(tmp_path, config, field, value, words):
+    content = config.to_dict()
+    group, _, name = field.rpartition('.')
+    (content[group] if group else content)[name] = value
+    (tmp_path / workdir.CONFIG).write_text(json.dumps(content))
+    for read in (workdir.read_config, lambda path: workdir.check(path, config)):
+        with pytest.raises(UserError, match=words) as error:
+            read(tmp_path)
+        assert_one_line(error, tmp_path / workdir.CONFIG)
+
+
+def test_lock_removes_what_killed_processes_left_and_nothing_else(tmp_path):
+    names = (workdir.CONFIG, workdir.RESULT, workdir.DATA, 'metrics.jsonl')
+    litter = [files.temporary_beside(tmp_path / name) for name in names]
+    others = ['.config.json.original', '.config.json.swp', '.thesis.tex.0123abcd.one_jax']
+    for path in (*litter, *map(tmp_path.joinpath, (*names, *others))):
+        path.write_text('{}')
+    with workdir.hold(tmp_path):
+        with pytest.raises(UserError), workdir.hold(tmp_path):  # A second one removes nothing.
+            raise AssertionError('held twice')
+        found = {path.name for path in tmp_path.iterdir()}
+    assert found == {workdir.LOCK, *names, *others}
+
+
+def test_lock_held_by_another_process_keeps_its_temporary_files(tmp_path):
+    with workdir.hold(tmp_path):
+        live = files.temporary_beside(tmp_path / workdir.CONFIG)
+        live.touch()
+        with pytest.raises(UserError, match='in use'), workdir.hold(tmp_path):
+            raise AssertionError('held twice')
+        assert live.exists()
+
+
 @pytest.mark.parametrize('content', ['{"train"', '[1, 2]'])
 def test_workdir_with_a_damaged_data_json_is_an_error(tmp_path, config, content):
     write_config(tmp_path, config)
@@ -206,8 +325,8 @@ def test_workdir_killed_between_its_first_files_passes(tmp_path, config):
     check_data(tmp_path, config, train='on other data')
 
 
-@pytest.mark.parametrize('name', ['lr=[0.1]', 'a*', 'a?', 'a\\b'])
-def test_workdir_that_looks_like_a_pattern_is_an_error(tmp_path, config, name):
+@pytest.mark.parametrize('name', ['lr=[0.1]', 'a*', 'a?', 'a\\b', os.fsdecode(b'\xff')])
+def test_workdir_that_checkpoints_cannot_be_read_from_is_an_error(tmp_path, config, name):
     with pytest.raises(UserError, match=r'cannot be read back from a path with one of \* \? \['):
         workdir.check(tmp_path / name / 'run', config)
     assert list(tmp_path.iterdir()) == []
@@ -224,3 +343,21 @@ def test_checkpoint_of_another_run_is_an_error(tmp_path, config):
         workdir.check_checkpoint(tmp_path, other, progress, BEFORE)
     with pytest.raises(UserError, match='test: none in the workdir, 9 images now'):
         workdir.check_checkpoint(tmp_path, config, progress, {**BEFORE, 'test': '9 images'})
+
+
+def test_start_with_a_field_without_effect_is_an_error_unless_the_run_has_begun(tmp_path):
+    """Milestones with a constant rate, which earlier versions accepted."""
+    config = small_config(**{'optimizer.milestones': (0.3,)})
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    with pytest.raises(ConfigError, match=r'milestones=\[0\.3\] is not allowed: its default'):
+        train._check(config, tmp_path, mesh)
+    files.write_json(tmp_path / workdir.CONFIG, config_lib.resolve(config).to_dict())
+    assert train._check(config, tmp_path, mesh).optimizer.milestones == (0.3,)
+
+
+def test_workdir_with_a_name_that_is_too_long_is_an_error(tmp_path, config):
+    name = 300 * 'x'
+    with pytest.raises(UserError, match=r'cannot be written \(File name too long\)'):
+        workdir.check(tmp_path / name, config)
+    with pytest.raises(UserError, match=r'holds no run: there is no config\.json'):
+        workdir.read_config(tmp_path / name)

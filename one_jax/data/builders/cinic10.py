@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from one_jax.data import image_folder
+from one_jax.data import image_decoding
 from one_jax.data.table import CIFAR10_CLASSES, CINIC10, DATASETS
 from one_jax.errors import UserError, explain
 
@@ -51,7 +51,7 @@ class Cinic10(tfds.core.GeneratorBasedBuilder):
             label, file_name = path.parts[-2:]
             # Decoders of damaged files raise anything.
             with explain(f'{source}: {path} cannot be read, download it again', Exception):
-                shape = image_folder.decode(content).shape
+                shape = image_decoding.decode(content).shape
             if shape != _SHAPE:
                 raise UserError(f'{source}: {path} is {shape}, not {_SHAPE}: download it again')
             counts[label] += 1
