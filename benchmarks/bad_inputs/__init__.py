@@ -1,0 +1,1 @@
+"""Runs the commands on malformed files, folders, configs, students, workdirs and weights."""
