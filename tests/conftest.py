@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 # The helpers beside this file.
 sys.path.insert(1, str(Path(__file__).parent))
 
+# A shell's background jobs ignore Ctrl-C, and so would the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Four devices; and programs that compile in half the time, because tests mostly compile.
 for flag, value in {

@@ -38,6 +38,8 @@ BEGINNING = """
 import hashlib, os, signal
 from one_jax.runtime import interrupt
 
+signal.alarm(120)  # Ends what a failed test leaves.
+
 def compute():  # As long as a compilation, in C, without a look at signals.
     print('ready', flush=True)
     hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)
