@@ -137,7 +137,7 @@ def default_config() -> config_dict.ConfigDict:
     # float32), or 'float64' with JAX_ENABLE_X64=1 in the environment.
     model.dtype = 'float32'
     # Convolutions of the branches: 'dense' (one for each branch), 'grouped' (one grouped
-    # convolution), or 'auto', which chooses by platform (dense on all, so far).
+    # convolution), or 'auto', which chooses by platform: one joint convolution on TPU, else dense.
     model.branch_conv = 'auto'
     # Rematerialisation: 'none' stores all activations; 'convolutions' stores the input and the
     # convolutions of each block and recomputes the rest, at little cost; 'blocks' stores only the

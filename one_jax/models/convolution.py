@@ -1,4 +1,4 @@
-"""Convolutions that stay dense under `vmap` over branches."""
+"""Convolutions under `vmap` over branches: dense ones on CPU, a joint one on TPU."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,7 +9,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
-from jax.interpreters import mlir
+from jax.interpreters import ad, batching, mlir
+
+
+def runs_on_tpu() -> bool:
+    """Whether what is traced, inside `shard_map`, is for a mesh of TPUs.
+
+    This process may have none and only compile for them. Without a mesh the answer is False.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == 'tpu'
 
 
 def _unroll_under_vmap(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -98,12 +107,106 @@ def dense_conv_general_dilated(
     XLA lowers a vmap over both operands to one grouped convolution, which is much slower on CPU.
     Derivatives are of first order only.
     """
-    hashable = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
-    }
+    options = _hashable(window_strides=window_strides, padding=padding, **options)
+    return _dense_convolution(**options)(lhs, rhs)
+
+
+def _hashable(padding: str | Sequence[tuple[int, int]], **options: Any) -> dict[str, Any]:
     if not isinstance(padding, str):
         padding = tuple(map(tuple, padding))
-    convolution = _dense_convolution(
-        window_strides=tuple(window_strides), padding=padding, **hashable
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return {'padding': padding, **options}
+
+
+def _joint_convolution(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] = (1, 1),
+    rhs_dilation: Sequence[int] = (1, 1),
+    dimension_numbers: Any = None,
+    **options: Any,
+) -> jax.Array:
+    """The convolutions of K branches as one, with the branches as another spatial dimension.
+
+    Along it, one position of the window meets a branch's maps, and the others meet zeros, which
+    XLA's TPU compiler skips: it lowers grouped convolutions like this. Here, maps that the branches
+    share are not copied, kernels keep their layout, and batch normalisation is fused into every
+    convolution. `python -m benchmarks.tpu_compile --forms=auto,grouped,dense` compares the cycles.
+
+    Args:
+      lhs: maps [K, B, H, W, C], or [B, H, W, C] that the branches share.
+      rhs: kernels [K, h, w, C, D].
+      dimension_numbers: are these.
+
+    Returns:
+      [K, B, H', W', D].
+    """
+    count = len(rhs)
+    if lhs.ndim == rhs.ndim:
+        stride, pads, dilation = max(count - 1, 1), (0, 0), count
+    else:
+        lhs, rhs = lhs[None], rhs[::-1]
+        stride, pads, dilation = 1, (count - 1, count - 1), 1
+    return lax.conv_general_dilated(
+        lhs,
+        rhs,
+        (stride, *window_strides),
+        (pads, *padding),
+        (dilation, *lhs_dilation),
+        (1, *rhs_dilation),
+        ('DNHWC', 'DHWIO', 'DNHWC'),
+        **options,
     )
-    return convolution(lhs, rhs)
+
+
+# A convolution that `vmap` over kernels turns into `_joint_convolution`; a `custom_vmap` function
+# would have no reverse mode.
+_joined = core.Primitive('joined_convolution')
+_joined.def_impl(lax.conv_general_dilated)
+_joined.def_abstract_eval(
+    lambda lhs, rhs, **options: jax.make_jaxpr(
+        functools.partial(lax.conv_general_dilated, **options)
+    )(lhs, rhs).out_avals[0]
+)
+mlir.register_lowering(_joined, mlir.lower_fun(lax.conv_general_dilated, multiple_results=False))
+
+
+def _joined_jvp(operands, tangents, **options):
+    tangents = map(ad.instantiate_zeros, tangents)
+    convolve = functools.partial(lax.conv_general_dilated, **options)
+    return jax.jvp(convolve, operands, tuple(tangents))
+
+
+def _joined_batch(operands, axes, **options):
+    lhs, rhs = (
+        x if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(operands, axes, strict=True)
+    )
+    if axes[1] is not None:
+        return _joint_convolution(lhs, rhs, **options), 0
+    # JAX takes maps of several branches for a larger batch.
+    return jax.vmap(functools.partial(lax.conv_general_dilated, **options), (0, None))(lhs, rhs), 0
+
+
+ad.primitive_jvps[_joined] = _joined_jvp
+batching.primitive_batchers[_joined] = _joined_batch
+
+
+def joint_conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **options: Any,
+) -> jax.Array:
+    """`lax.conv_general_dilated` that `vmap` turns into one convolution, the fastest on TPU."""
+    options = _hashable(window_strides=window_strides, padding=padding, **options)
+    return _joined.bind(lhs, rhs, **options)
+
+
+def conv_general_dilated(*arguments: Any, **options: Any) -> jax.Array:
+    """`lax.conv_general_dilated` with the faster `vmap` for the platform of the mesh."""
+    convolve = joint_conv_general_dilated if runs_on_tpu() else dense_conv_general_dilated
+    return convolve(*arguments, **options)

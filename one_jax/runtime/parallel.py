@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from one_jax.errors import ConfigError
@@ -52,6 +52,18 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     """
     devices = devices or sorted(jax.devices(), key=lambda x: (x.process_index, x.id))
     return Mesh(np.asarray(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def platform(mesh: Mesh | AbstractMesh) -> str:
+    """Returns what a program for `mesh` is compiled for: 'cpu', 'gpu' or 'tpu'.
+
+    That is not this machine's if only the compiler is here. It is for an abstract mesh without a
+    device.
+    """
+    if isinstance(mesh, Mesh):
+        return mesh.devices.flat[0].platform
+    device = mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -65,7 +65,7 @@ def compile_ahead(
         raise too_large(size, ' '.join(str(error).split())[:300]) from None
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
     needed = max((memory.program_bytes(compiled) or 0) - held, 0)
-    if jax.default_backend() == 'cpu':
+    if parallel.platform(mesh) == 'cpu':
         # Convolutions take memory that the compiler does not count: 27 % to 35 % with ResNet-8.
         needed = needed * 4 // 3
     if available is not None and needed > available:

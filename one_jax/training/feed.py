@@ -18,26 +18,32 @@ DEVICE_SHARE, STEPS_PER_CALL = 0.25, 10
 
 
 def examples_on_device(config: Any, source: data.Source) -> data.Examples | None:
-    """Returns the training images if they go into device memory, by `data.placement`.
-
-    By default they do on accelerators, if they take at most `DEVICE_SHARE` of the memory.
-    """
-    examples = source.examples('train')
-    if examples is None or config.data.placement == 'host':
+    """Returns the training images if they go into device memory, by `data.placement`."""
+    examples, available = source.examples('train'), memory.device_bytes(jax.local_devices()[0])
+    if examples is None:
         return None
-    if config.data.placement == 'device':
-        return examples
-    available = memory.device_bytes(jax.local_devices()[0])
-    fits = available is None or examples.images.nbytes <= DEVICE_SHARE * available
-    return examples if fits and jax.default_backend() != 'cpu' else None
+    backend = jax.default_backend()
+    goes = goes_on_device(config.data.placement, examples.images.nbytes, backend, available)
+    return examples if goes else None
 
 
-def steps_per_call(config: Any, images_on_device: bool, steps_per_epoch: int) -> int:
+def goes_on_device(placement: str, size: int, platform: str, available: int | None) -> bool:
+    """Whether images of `size` bytes go into a device's memory, by `data.placement`.
+
+    With 'auto' they do on accelerators, if they take at most `DEVICE_SHARE` of the memory.
+    """
+    fits = available is None or size <= DEVICE_SHARE * available
+    return placement == 'device' or (placement == 'auto' and fits and platform != 'cpu')
+
+
+def steps_per_call(
+    config: Any, images_on_device: bool, steps_per_epoch: int, platform: str | None = None
+) -> int:
     """How many steps one call of the compiled step makes, by `train.steps_per_call`.
 
-    Never more than there are between two records.
+    Never more than there are between two records. `platform` is by default this process's.
     """
-    small = jax.default_backend() != 'cpu' and images_on_device
+    small = (platform or jax.default_backend()) != 'cpu' and images_on_device
     chosen = config.train.steps_per_call or (STEPS_PER_CALL if small else 1)
     return min(chosen, config.train.log_every, steps_per_epoch)
 

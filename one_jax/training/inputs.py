@@ -7,6 +7,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from one_jax.data import augment
+from one_jax.models import convolution
 from one_jax.runtime import parallel
 from one_jax.training.experiment import Experiment
 
@@ -81,7 +82,9 @@ def _crop(experiment: Experiment, mesh: Mesh, key: jax.Array, images: jax.Array)
         key, images.shape[0] * mesh.size, spec.padding, flip=spec.augment == 'pad_crop_flip'
     )
     offsets, flips = _own_share(offsets, mesh), _own_share(flips, mesh)
-    return augment.crop_and_flip(images, offsets, flips, spec.padding)
+    by_products = convolution.runs_on_tpu()
+    crop = augment.crop_and_flip_by_products if by_products else augment.crop_and_flip
+    return crop(images, offsets, flips, spec.padding)
 
 
 def _own_share(values: jax.Array, mesh: Mesh) -> jax.Array:

@@ -172,20 +172,21 @@ def _step(
         gradients, batch_stats, metrics = run(batch_stats, (inputs, batch['mask']))
     else:
         parts = _split((inputs, batch['mask']), train.accumulation_steps)
-        gradients, batch_stats, metrics = _accumulate(run, batch_stats, parts)
+        gradients, batch_stats, metrics = _accumulate(run, batch_stats, parts, mesh)
     gradients, batch_stats, metrics = lax.pmean(
         (gradients, batch_stats, metrics), parallel.DATA_AXIS
     )
-    updates, opt_state = experiment.optimizer.update(gradients, state.opt_state, state.params)
-    metrics['gradient_norm'] = optax.tree.norm(gradients)
-    metrics['learning_rate'] = jnp.asarray(experiment.schedule(state.step))
-    stepped = state.replace(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
-        opt_state=opt_state,
-    )
-    stepped = stepped.with_updated_averages(train.ema_decay)
+    with jax.named_scope('optimizer'):
+        updates, opt_state = experiment.optimizer.update(gradients, state.opt_state, state.params)
+        metrics['gradient_norm'] = optax.tree.norm(gradients)
+        metrics['learning_rate'] = jnp.asarray(experiment.schedule(state.step))
+        stepped = state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+        )
+        stepped = stepped.with_updated_averages(train.ema_decay)
     finite, max_skipped = all_finite(metrics), train.skip_nonfinite_steps
     if max_skipped:
         finite &= all_finite((stepped.params, stepped.batch_stats))
@@ -198,8 +199,9 @@ def _step(
 def _inputs(
     experiment: Experiment, mesh: Mesh | AbstractMesh, state: TrainState, batch: dict[str, Any]
 ) -> Inputs:
-    key = jax.random.fold_in(state.rng, state.step)
-    return training_inputs(experiment, mesh, key, batch['image'], batch['label'])
+    with jax.named_scope('input'):
+        key = jax.random.fold_in(state.rng, state.step)
+        return training_inputs(experiment, mesh, key, batch['image'], batch['label'])
 
 
 def _forward(
@@ -257,7 +259,9 @@ def _split(part: Part, count: int) -> Part:
     return Inputs(images, split(inputs.labels), split(inputs.targets)), split(mask)
 
 
-def _accumulate(run: Callable[..., Any], batch_stats: Any, parts: Part) -> tuple[Any, Any, Any]:
+def _accumulate(
+    run: Callable[..., Any], batch_stats: Any, parts: Part, mesh: Mesh | AbstractMesh
+) -> tuple[Any, Any, Any]:
     """Averages gradients and metrics over the parts; each part updates the running statistics."""
 
     def one_part(batch_stats: Any, part: Part):
@@ -274,7 +278,7 @@ def _accumulate(run: Callable[..., Any], batch_stats: Any, parts: Part) -> tuple
         return (batch_stats, jax.tree.map(jnp.add, total, new)), None
 
     # XLA's CPU compiler runs convolutions in a loop on one thread.
-    unroll = count if jax.default_backend() == 'cpu' else 1
+    unroll = count if parallel.platform(mesh) == 'cpu' else 1
     rest = jax.tree.map(lambda x: x[1:], parts)
     (batch_stats, total), _ = lax.scan(add_part, (batch_stats, total), rest, unroll=unroll)
     gradients, metrics = jax.tree.map(lambda x: x / count, total)

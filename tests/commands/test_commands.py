@@ -144,10 +144,15 @@ def test_report_compares_runs(tmp_path, finished):
     assert (tmp_path / 'report/curves.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_plan_prints_the_memory_of_a_recipe_without_its_data(tmp_path):
+def test_plan_prints_costs_of_a_recipe_without_its_data(tmp_path):
     flags = ('--config=configs/cifar10_resnet32.py', '--config.model.name=resnet8')
     flags += (f'--config.data.data_dir={tmp_path}', cache_flag())
     output, _ = run('plan', *flags, '--devices=8')
-    assert output.startswith('memory per device: ')
+    costs, steps, memory = output.splitlines()
+    assert costs.startswith('194,903 parameters, ')
+    assert steps.startswith('117,000 steps of 128 images, 300 epochs, on 8 devices; 1 all-reduce ')
+    assert memory.startswith('memory per device: ')
     assert list(tmp_path.iterdir()) == []
+    for wrong in ('--topology=v9:2x2', '--slices=2'):
+        assert wrong.partition('=')[0][2:] in error_line('plan', *flags, wrong)
     assert '--config' in error_line('plan')

@@ -7,11 +7,12 @@ from training_fixtures import Setting, small_config
 
 from one_jax import train
 from one_jax.errors import ConfigError
-from one_jax.runtime import memory
+from one_jax.runtime import memory, parallel
 from one_jax.training import compiled_step
 from one_jax.training import step as step_lib
-from one_jax.training.compiled_step import CompiledStep, plan_memory
+from one_jax.training.compiled_step import CompiledStep
 from one_jax.training.evaluation import Evaluator
+from one_jax.training.planning import make_plan
 
 FIELDS = {'method.name': 'plain', 'model.num_branches': None}
 
@@ -93,7 +94,7 @@ def compile_refusing(monkeypatch, reason):
 
 
 def test_compiler_out_of_memory_on_an_accelerator_is_an_error_with_advice(monkeypatch):
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(parallel, 'platform', lambda mesh: 'gpu')
     reason = 'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nUsed 17.60G of 15.75G hbm'
     with pytest.raises(ConfigError, match=r'Used 17\.60G of 15\.75G') as raised:
         compile_refusing(monkeypatch, reason)
@@ -107,17 +108,17 @@ def test_compiler_with_another_error_is_not_the_users(monkeypatch):
         compile_refusing(monkeypatch, 'INTERNAL: bug')
 
 
-def test_plan_memory_needs_neither_the_data_set_nor_the_devices(tmp_path):
+def test_plan_needs_neither_the_data_set_nor_the_devices(tmp_path):
     fields = {'data.name': 'cifar10', 'data.data_dir': str(tmp_path), 'data.image_size': 0}
     config = small_config(**FIELDS, **fields, **{'data.generated_examples': 0})
-    planned = plan_memory(config, 4)
+    planned = make_plan(config, 4).memory
     assert planned.batch == 2 * (32 * 32 * 3 + 4 + 4)
     # A quarter of 16 images, and at least the first maps of each.
     assert planned.evaluation > 4 * 32 * 32 * (3 + 16 * 4)
     assert config.data.batch_size == 8
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match=r'data\.batch_size=8 .* multiple of the 5 devices'):
-        plan_memory(config, 5)
+        make_plan(config, 5)
 
 
 def test_compiled_step_keeps_few_calls_in_flight(monkeypatch):

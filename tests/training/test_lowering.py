@@ -28,6 +28,8 @@ DEVICES = 8
 BATCH = 16
 # Known to the platforms' compilers. With JAX's CUDA plugin, random bits come from a kernel.
 CUSTOM_CALLS = {'tpu': set(), 'cuda': {'cu_threefry2x32_ffi'}}
+# Slices of the padded images.
+GATHER_OF_CROPS = 'slice_sizes = array<i64: 1, 32, 32, 3>'
 MESH = AbstractMesh((DEVICES,), (parallel.DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -176,6 +178,35 @@ def test_steps_lower_in_the_configs_type(monkeypatch, method, fields, platforms)
         assert all(values.dtype in (jnp.float32, jnp.int32) for values in sums)
         for platform in platforms:
             setting.assert_convolutions(lowered_text(traced, platform))
+
+
+def mesh_of_tpus():
+    """A mesh that says what it consists of, like one of a topology's devices."""
+    device = jax.sharding.AbstractDevice(device_kind='TPU v5 lite', num_cores=1, platform='tpu')
+    return MESH.update(abstract_device=device)
+
+
+@pytest.mark.parametrize('method', ['one', 'dml'])
+def test_step_for_tpus_has_one_convolution_for_all_branches(monkeypatch, method):
+    two_parts = {'train.accumulation_steps': 2}
+    dense = Setting(monkeypatch, method, **two_parts).assert_trains('tpu')
+    assert not joint_convolutions(dense)
+    assert GATHER_OF_CROPS in dense
+    # This process runs on a CPU.
+    assert 'stablehlo.while' not in dense
+    monkeypatch.setitem(globals(), 'MESH', mesh_of_tpus())
+    setting = Setting(monkeypatch, method, **two_parts)
+    joint = setting.assert_trains('tpu')
+    assert 'stablehlo.while' in joint
+    kernels = sum(x.ndim == 5 for x in jax.tree.leaves(setting.arguments[0].params['head']))
+    # The gradient of the images is not needed; the first part is not in the loop.
+    assert len(joint_convolutions(joint)) == 2 * (3 * kernels - (method == 'dml'))
+    assert GATHER_OF_CROPS not in joint
+
+
+def joint_convolutions(text):
+    """Those with three spatial dimensions."""
+    return [line for line in convolutions(text) if re.search(r'dim_numbers = \[[^]]*2', line)]
 
 
 def test_steps_and_parts_of_a_batch_are_loops_on_an_accelerator(monkeypatch):

@@ -30,12 +30,12 @@ def random_images(count: int, height: int = 6, width: int = 5, channels: int = 3
 
 
 @pytest.mark.parametrize('padding', [0, 1, 4])
-def test_crop_and_flip_at_every_offset_equals_the_definition(padding):
+@pytest.mark.parametrize('crop', [augment.crop_and_flip, augment.crop_and_flip_by_products])
+def test_crop_and_flip_at_every_offset_equals_the_definition(crop, padding):
     offsets = np.array(list(np.ndindex(2 * padding + 1, 2 * padding + 1)) * 2, np.int32)
     flips = np.arange(len(offsets)) < len(offsets) // 2
     images = random_images(len(offsets))
-    crop_and_flip = jax.jit(augment.crop_and_flip, static_argnums=3)
-    result = crop_and_flip(images, offsets, flips, padding)
+    result = jax.jit(crop, static_argnums=3)(images, offsets, flips, padding)
     assert result.dtype == jnp.uint8
     np.testing.assert_array_equal(result, numpy_crop_and_flip(images, offsets, flips, padding))
 

@@ -1,4 +1,4 @@
-"""Convolutions that stay dense under vmap, and PyTorch's conventions."""
+"""Convolutions under vmap over branches, and PyTorch's conventions."""
 
 import functools
 import re
@@ -21,6 +21,7 @@ OPTIONS = {
     'dimension_numbers': CHANNELS_LAST,
 }
 dense = functools.partial(convolution.dense_conv_general_dilated, **OPTIONS)
+joint = functools.partial(convolution.joint_conv_general_dilated, **OPTIONS)
 reference = functools.partial(lax.conv_general_dilated, **OPTIONS)
 
 
@@ -42,8 +43,9 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.parametrize('conv', [dense, joint])
 @pytest.mark.parametrize('name', TRANSFORMATIONS)
-def test_dense_convolution_under_transformations_equals_the_convolution(name):
+def test_branch_convolution_under_transformations_equals_the_convolution(name, conv):
     transform, image_axes, kernel_axes = TRANSFORMATIONS[name]
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (*image_axes, 2, 6, 6, 4))
@@ -53,23 +55,34 @@ def test_dense_convolution_under_transformations_equals_the_convolution(name):
         return transform(functools.partial(squares, conv))(x, kernel).sum()
 
     np.testing.assert_allclose(
-        transform(dense)(x, kernel), transform(reference)(x, kernel), rtol=1e-5, atol=1e-5
+        transform(conv)(x, kernel), transform(reference)(x, kernel), rtol=1e-5, atol=1e-5
     )
-    gradients = jax.grad(functools.partial(total, dense), (0, 1))
+    gradients = jax.grad(functools.partial(total, conv), (0, 1))
     expected = jax.grad(functools.partial(total, reference), (0, 1))(x, kernel)
     chex.assert_trees_all_close(gradients(x, kernel), expected, rtol=1e-4, atol=1e-3)
     # The other order: the gradient inside, the vmap outside.
-    inside = transform(jax.grad(functools.partial(squares, dense), (0, 1)))(x, kernel)
+    inside = transform(jax.grad(functools.partial(squares, conv), (0, 1)))(x, kernel)
     outside = transform(jax.grad(functools.partial(squares, reference), (0, 1)))(x, kernel)
     chex.assert_trees_all_close(inside, outside, rtol=1e-4, atol=1e-3)
 
     jaxpr = jax.make_jaxpr(gradients)(x, kernel).jaxpr
-    assert set(feature_groups(jaxpr)) == {1}
+    assert set(feature_groups(jaxpr)) == {1} or conv is joint
 
 
 def test_feature_groups_finds_a_grouped_convolution():
     x, kernel = jnp.ones((3, 2, 6, 6, 4)), jnp.ones((3, 3, 3, 4, 5))
     assert feature_groups(jax.make_jaxpr(jax.vmap(reference))(x, kernel).jaxpr) == [3]
+
+
+@pytest.mark.parametrize('count', [1, 2, 3])
+@pytest.mark.parametrize('groups', [1, 2])
+def test_joint_convolution_of_any_number_of_branches_has_no_more_groups(count, groups):
+    x, kernel = jnp.ones((count, 2, 6, 6, 4)), jnp.ones((count, 3, 3, 4 // groups, 6))
+    for axes, maps in (((None, 0), x[0]), ((0, 0), x)):
+        vmapped = jax.vmap(functools.partial(joint, feature_group_count=groups), axes)
+        assert feature_groups(jax.make_jaxpr(vmapped)(maps, kernel).jaxpr) == [groups]
+        expected = jax.vmap(functools.partial(reference, feature_group_count=groups), axes)
+        np.testing.assert_allclose(vmapped(maps, kernel), expected(maps, kernel), rtol=1e-6)
 
 
 def test_kernel_gradient_operands_on_cpu_are_behind_a_fusion_barrier():

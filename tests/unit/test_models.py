@@ -10,7 +10,7 @@ from network_fixtures import abstract_variables, branched, init
 from one_jax import config as config_lib
 from one_jax import models
 from one_jax.errors import ConfigError
-from one_jax.models import aggregators, cost, multibranch
+from one_jax.models import aggregators, convolution, cost, multibranch
 from one_jax.models.backbone import HeadOutputs
 
 IMAGE_SHAPE = (32, 32, 3)
@@ -78,11 +78,13 @@ def test_flops_of_dense_and_grouped_branches_are_equal():
     assert dense == grouped
 
 
-def test_dense_and_grouped_branches_have_equal_gradients():
+@pytest.mark.parametrize('form', ['grouped', 'as on TPU'])
+def test_dense_and_other_branches_have_equal_gradients(monkeypatch, form):
     images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
     results = []
-    for form in ('dense', 'grouped'):
-        network = branched('resnet8', branch_conv=form)
+    for branch_conv in ('dense', 'grouped' if form == 'grouped' else 'auto'):
+        monkeypatch.setattr(convolution, 'runs_on_tpu', lambda auto=branch_conv == 'auto': auto)
+        network = branched('resnet8', branch_conv=branch_conv)
         variables = init(network, images)
 
         def loss(params, network=network, variables=variables):
